@@ -33,7 +33,7 @@ from uft.model.layout import compile_blocks
 from uft.model.memory import Utilisation, peak_memory, peak_rate
 from uft.runs import create_run
 from uft.training.liveness import Stop
-from uft.training.setup import Prepared, choose_device, prepare
+from uft.training.setup import Prepared, Work, choose_device, prepare
 from uft.training.trainer import available_devices
 
 DEVICE = torch.device(available_devices()[0])
@@ -68,7 +68,7 @@ class Bench:
         given = [word for word in typed_words if word != "hardware=cpu" and word.partition("=")[0] not in keys]
         text = frozen(compose([*given, *typed_besides]))
         config = to_config(yaml.safe_load(text))
-        return prepare(create_run(own / "run", text, []), config, choose_device(config.hardware), Stop())
+        return prepare(create_run(own / "run", text, []), Work(config, choose_device(config.hardware), Stop()))
 
 
 def synchronise() -> None:
@@ -143,7 +143,7 @@ def steps(bench: Bench) -> Figures:
         marks: list[tuple[float, int, int]] = []
 
         class Marks:
-            def after_step(self, trainer: Any, step: Any, marks: list[tuple[float, int, int]] = marks) -> None:
+            def __call__(self, trainer: Any, step: Any, marks: list[tuple[float, int, int]] = marks) -> None:
                 synchronise()
                 marks.append((time.perf_counter(), step.tokens, step.supervised_tokens))
 

@@ -120,6 +120,14 @@ def run(command: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess
 # --- in the server, and in what is forked
 
 
+def alive(pid: int) -> bool:
+    """Whether it runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def preload() -> None:
     """What the command line and the worker import."""
     from hydra.core.plugins import Plugins

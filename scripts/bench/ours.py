@@ -92,7 +92,7 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     from uft.config.frozen import frozen, to_config
     from uft.runs import create_run
     from uft.training.liveness import Stop
-    from uft.training.setup import choose_device, prepare
+    from uft.training.setup import Work, choose_device, prepare
 
     off = {**WAYS, **LADDER}[way]
     dtype = "bfloat16" if way == "uft-bf16" else "float32"
@@ -100,13 +100,13 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     text = frozen(compose(typed_words))
     run = create_run(own / "run", text, typed_words)
     config = to_config(yaml.safe_load(text))
-    trainer = prepare(run, config, choose_device(config.hardware), Stop()).trainer
+    trainer = prepare(run, Work(config, choose_device(config.hardware), Stop())).trainer
     if callable(off):
         off(trainer)
     stopwatch, losses, tokens = Stopwatch(), [], []
 
     class Marks:
-        def after_step(self, trainer: Any, step: Any) -> None:
+        def __call__(self, trainer: Any, step: Any) -> None:
             losses.append(step.loss)
             tokens.append(step.tokens)
             stopwatch.mark()

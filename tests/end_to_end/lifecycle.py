@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import evidence
+from program import alive
 
 KINDS = ("demonstrations", "pairs", "labels", "scores", "negatives")
 USES = {
@@ -122,14 +123,6 @@ def child_of(parent: int) -> int | None:
             if int(fields.split()[1]) == parent and not name.endswith("uft-forkserver"):
                 return int(entry.name)
     return None
-
-
-def alive(pid: int) -> bool:
-    """Whether it runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def end(process: subprocess.Popen[str], seconds: float = 90) -> tuple[int, str]:

@@ -12,8 +12,7 @@ from sessions import SINGLE
 
 from uft.config.frozen import load_config
 from uft.runs import Run
-from uft.training.liveness import Stop
-from uft.training.setup import prepare
+from uft.training.setup import Work, prepare
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ def test_the_same_request_gives_the_same_bits(bench, new_run, undisturbed, keys,
 def things(run: Run) -> dict[str, Any]:
     """What the three seeds are for, as a run has it before its first step."""
     config = load_config(run.config_file)
-    trainer = prepare(run, config, torch.device("cpu"), Stop()).trainer
+    trainer = prepare(run, Work(config)).trainer
     weights = hashlib.sha256()
     for name, parameter in sorted(trainer.parameters.items()):
         weights.update(name.encode() + parameter.detach().numpy().tobytes())
@@ -75,7 +74,7 @@ def test_every_seed_changes_its_own_thing_alone(new_run):
 
 def orders(run: Run) -> dict[str, list[str]]:
     """The rows that each source gives, in the order in which a run draws them."""
-    sampler = prepare(run, load_config(run.config_file), torch.device("cpu"), Stop()).trainer.sampler
+    sampler = prepare(run, Work(load_config(run.config_file))).trainer.sampler
     found: dict[str, list[str]] = {}
     for draw in sampler.preview(200):
         source = sampler.sources[draw.source]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from program import alive
 
 from uft.errors import FAILED, INTERRUPTED, STOPPED
 from uft.launch import forkserver, process
@@ -171,10 +172,3 @@ def test_a_launcher_that_is_killed_takes_its_job_and_its_server_along(tmp_path):
         wait_for(lambda: ready.exists() and ready.read_text())
         launcher.kill()
     wait_for(lambda: not alive(int(ready.read_text())) and not alive(server))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

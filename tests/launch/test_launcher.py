@@ -179,6 +179,8 @@ def test_the_folder_of_a_run(worker):
     assert single_run_dir({**config, "run": {"name": folder.name, "dir": None}}, now) == folder
     assert single_run_dir({**config, "run": {"name": None, "dir": "a/b"}}, now) == Path("a/b")
     assert single_run_dir({**config, "stages": {"sft": {}, "dpo": {}}}, now).name.startswith("sft-then-dpo-play-ground")
+    rounds = {"rounds": 2, "stages": {f"{stage}-{number}": {} for number in (1, 2) for stage in ("ask", "fit")}}
+    assert single_run_dir({**config, **rounds}, now).name.startswith("ask-then-fit-2rounds-play-ground")
 
 
 def test_a_folder_with_other_things_in_it_is_refused_and_a_half_made_one_made_anew(worker):

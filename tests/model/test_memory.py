@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from uft.config.schema import Lora
+from uft.config.schema import Config, Lora, Optim
 from uft.model.memory import Shape, estimate, peak_memory, shape_of
 from uft.model.policy import Policy, add_lora
 
@@ -26,9 +26,8 @@ SHAPE = Shape(
 )
 
 
-def parts(shape: Shape = SHAPE, **changes: Any) -> dict[str, int]:
-    settings = {"optimiser": "adamw", "momentum": False, "micro_batch_tokens": 10, "reference_mode": None}
-    return estimate(shape, **{**settings, **changes})
+def parts(shape: Shape = SHAPE, optimiser="adamw", momentum=0.0, tokens=10, **changes: Any) -> dict[str, int]:
+    return estimate(Config(optim=Optim(name=optimiser, momentum=momentum)), shape, tokens, **changes)
 
 
 def test_another_model_compared_with_is_counted_by_its_own_weights():
@@ -41,7 +40,7 @@ def test_another_model_compared_with_is_counted_by_its_own_weights():
 def test_exact_parts():
     found = parts()
     assert found["weights"] + found["gradients"] + found["optimiser"] == 16 * 100
-    kept = {("adamw", False): 2, ("rmsprop", False): 1, ("rmsprop", True): 2, ("sgd", False): 0, ("sgd", True): 1}
+    kept = {("adamw", 0.0): 2, ("rmsprop", 0.0): 1, ("rmsprop", 0.9): 2, ("sgd", 0.0): 0, ("sgd", 0.9): 1}
     for (optimiser, momentum), numbers in kept.items():
         assert parts(optimiser=optimiser, momentum=momentum)["optimiser"] == 4 * 100 * numbers
     shape = replace(SHAPE, hidden_trained=60, factors=30)
@@ -53,11 +52,11 @@ def test_exact_parts():
 
 
 def test_activations_grow_with_tokens_and_shrink_with_recomputing_and_the_head_is_bounded_by_its_chunk():
-    assert parts(micro_batch_tokens=20)["activations"] == 2 * parts()["activations"]
+    assert parts(tokens=20)["activations"] == 2 * parts()["activations"]
     none, some, every = (parts(replace(SHAPE, layers=8, recomputed=blocks))["activations"] for blocks in (0, 4, 8))
     assert every < some < none
     assert parts(replace(SHAPE, offloaded=True))["activations"] == parts(replace(SHAPE, layers=1))["activations"]
-    assert parts(replace(SHAPE, vocabulary=50_000), micro_batch_tokens=10**6)["head"] <= 2 * 4 * 2**24
+    assert parts(replace(SHAPE, vocabulary=50_000), tokens=10**6)["head"] <= 2 * 4 * 2**24
 
 
 def test_the_numbers_of_a_model(build: Callable[..., Any]):

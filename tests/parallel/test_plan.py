@@ -8,30 +8,31 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import program
 import pytest
 from cases import WORDS
 from outside import environment
 
-from uft.model.memory import Shape, Spread, estimate, step_flops
+from uft.config.schema import Config, Hardware
+from uft.model.memory import Shape, estimate, step_flops
 
 SHAPE = Shape(4000, 4000, 1000, 4, 8, 16, vocabulary=50, activation_bytes=4, shared_bytes=1600, block_bytes=600)
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
-def parts(spread: Spread) -> dict[str, int]:
-    settings = {"optimiser": "adamw", "momentum": False, "micro_batch_tokens": 10, "reference_mode": "copy"}
-    return estimate(SHAPE, **settings, spread=spread)
+def parts(**hardware: Any) -> dict[str, int]:
+    return estimate(Config(hardware=Hardware(**hardware)), SHAPE, tokens=10, reference_mode="copy")
 
 
 def test_shares_of_a_model_in_pieces() -> None:
-    one, whole, pieces = parts(Spread()), parts(Spread(8)), parts(Spread(8, sharded=True))
+    one, whole, pieces = parts(), parts(processes=8), parts(processes=8, sharding="full")
     assert one == whole
     assert [pieces[name] for name in ("weights", "gradients", "reference", "optimiser")] == [500, 500, 500, 1000]
     assert pieces["gathered"] == 2 * (1600 + 2 * 600)
     assert pieces["activations"] == one["activations"]
-    offloaded = parts(Spread(8, sharded=True, offload=True))
+    offloaded = parts(processes=8, sharding="full", offload=True)
     assert offloaded["weights"] == offloaded["optimiser"] == 0 < offloaded["gathered"]
 
 

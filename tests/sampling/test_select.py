@@ -16,6 +16,7 @@ from uft.errors import UftError
 from uft.model.load import load_model, load_tokenizer
 from uft.model.policy import Policy
 from uft.sampling.select import (
+    TAKES,
     CountSketch,
     active_dpo,
     count_of,
@@ -26,7 +27,6 @@ from uft.sampling.select import (
     pds_scores,
     pick,
     random_scores,
-    shown_of,
     top_scores,
 )
 
@@ -69,8 +69,8 @@ def test_what_the_methods_take_of_a_row():
     scores = [Completion(SAID, score=s) for s in (0.2, 0.9, 0.1)]
     assert [part.completion for part in pair_of(row(0, *scores))] == [1, 2]
     assert pair_of(row(0, scores[0], scores[0])) == () == pair_of(row(0))
-    assert [part.completion for part in shown_of(row(0, *scores))] == [1]
-    assert shown_of(row(0, Completion(SAID, label=False))) == ()
+    assert [part.completion for part in TAKES["pds"](row(0, *scores))] == [1]
+    assert TAKES["pds"](row(0, Completion(SAID, label=False))) == ()
 
 
 # --- ActiveDPO.

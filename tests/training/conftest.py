@@ -22,8 +22,7 @@ from uft.config.stages import differing
 from uft.errors import GOOD
 from uft.runs import Run, create_run
 from uft.training import exporting, making, session, setup, trainer
-from uft.training.liveness import Stop
-from uft.training.setup import Prepared, prepare
+from uft.training.setup import Prepared, Work, prepare
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this
 
@@ -153,7 +152,7 @@ def build(configure, tmp_path):
         config = configure(objective, *settings, **options)
         folder = tmp_path / run
         made = Run(folder) if folder.exists() else create_run(folder, "{}\n", [])
-        return prepare(made, config, torch.device("cpu"), Stop())
+        return prepare(made, Work(config))
 
     return make
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from uft.config.compose import compose
 from uft.config.frozen import to_config
@@ -23,6 +22,7 @@ from uft.model import reference
 from uft.sampling import annotate as annotation
 from uft.training import making
 from uft.training.making import AnnotatedSource, annotated_data, train_command, write_column
+from uft.training.setup import Work
 
 Configure = Callable[..., Config]
 
@@ -34,7 +34,7 @@ def job(model_folder):
     def run(config: Config, out: Path, column: str = "baseline_logp") -> dict[str, AnnotatedSource]:
         models = [str(model_folder)] if column == "baseline_logp" else []
         asked = replace(config.annotate, column=column, models=models)
-        return write_column(replace(config, annotate=asked), out, torch.device("cpu"))
+        return write_column(Work(replace(config, annotate=asked)), out)
 
     return run
 

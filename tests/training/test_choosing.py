@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from dying import StopAt, lines
 
 from uft.config.schema import Config
@@ -19,6 +18,7 @@ from uft.sampling.generate import Interrupted
 from uft.training import making
 from uft.training.choosing import read_past
 from uft.training.liveness import Stop
+from uft.training.setup import Work
 
 
 @pytest.fixture
@@ -31,10 +31,8 @@ def choose(configure, files, tmp_path):
             config.data.sources[kind].share = share
         chosen = replace(config.select, **{"by": by, "rows": 3, "dim": 256, "steps": 2, "batch": 6, **settings})
         folder = tmp_path / out
-        counts = making.select_stage(
-            replace(config, select=chosen), folder, "", torch.device("cpu"), stop or Stop(), lambda line: None
-        )
-        return folder, counts
+        work = Work(replace(config, select=chosen), stop=stop or Stop())
+        return folder, making.select_stage(work, folder, "")
 
     return run
 

@@ -104,7 +104,7 @@ class FakeTrainer:
             self.meter.add("loss", number)
             self.meter.add("grad_norm", 2 * number)
             self.meter.add_loss({"nll": Term(number * 6, torch.tensor(3.0)), "sft": Term(number, torch.tensor(1.0))})
-            self.recorder.after_step(self, Step(number, {}, 2 * number, 10, 5))
+            self.recorder(self, Step(number, {}, 2 * number, 10, 5))
         return self
 
 
@@ -196,7 +196,7 @@ def test_utilisation_is_the_models_work_over_the_peak():
 def test_a_line_about_nothing_has_no_loss():
     trainer, nothing = FakeTrainer(1, log=1), torch.zeros(())
     trainer.progress.step = 1
-    trainer.recorder.after_step(trainer, Step(nothing, {}, nothing, 0, 0))
+    trainer.recorder(trainer, Step(nothing, {}, nothing, 0, 0))
     assert {"loss", "nll", "grad_norm"}.isdisjoint(trainer.notes.lines[0][1])
 
 

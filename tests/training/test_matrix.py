@@ -26,8 +26,7 @@ from uft.objectives import make
 from uft.playground.world import model_dir, records
 from uft.runs import create_run
 from uft.training import setup as preparing
-from uft.training.liveness import Stop
-from uft.training.setup import Prepared, TrainData, prepare, read_train_data, resume
+from uft.training.setup import Prepared, TrainData, Work, prepare, read_train_data, resume
 from uft.training.step import Step
 from uft.training.trainer import Trainer
 
@@ -97,7 +96,7 @@ def configure(folder, teacher):
 @pytest.fixture
 def prepared(folder, tmp_path):
     def build(config: Config, run: str) -> Prepared:
-        return prepare(create_run(tmp_path / run, "{}\n", []), config, torch.device("cpu"), Stop())
+        return prepare(create_run(tmp_path / run, "{}\n", []), Work(config))
 
     return build
 
@@ -116,7 +115,7 @@ class Saving:
         self.folder: Path | None = None
         self.steps: list[Step] = []
 
-    def after_step(self, trainer: Trainer, step: Step) -> None:
+    def __call__(self, trainer: Trainer, step: Step) -> None:
         self.steps.append(step)
         if trainer.progress.step == 1:
             self.folder = trainer.save_checkpoint()

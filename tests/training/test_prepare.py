@@ -21,6 +21,7 @@ from uft.training.card import stage_card
 from uft.training.setup import (
     ONE_ROW,
     Stopped,
+    Work,
     check_start,
     choose_device,
     prepare,
@@ -51,7 +52,7 @@ def test_a_stop_is_seen_between_the_stages(configure, tmp_path):
     while True:
         stop = StopAt(looks)
         try:
-            prepare(run, config, torch.device("cpu"), stop)
+            prepare(run, Work(config, stop=stop))
         except Stopped:
             looks += 1
             continue
@@ -122,7 +123,7 @@ def test_a_reference_moves_every_so_many_steps_and_the_evaluation_s_stays(build)
     assert expected.keys() == trainer.parameters.keys()
 
     class Follow:
-        def after_step(self, trainer, step):
+        def __call__(self, trainer, step):
             if trainer.progress.step % 2 == 0:
                 for name, weight in trainer.parameters.items():
                     expected[name] = 0.25 * weight.detach() + 0.75 * expected[name]

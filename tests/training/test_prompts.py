@@ -143,14 +143,12 @@ def test_objectives_that_sample_their_own_completions_train_on_prompts(objective
 
 
 def test_what_is_sampled_of_a_prompt_starts_where_an_answer_does(prompts, tmp_path):
-    import torch
     from test_rollouts import examples
 
     from uft.runs import create_run
-    from uft.training.liveness import Stop
-    from uft.training.setup import prepare
+    from uft.training.setup import Work, prepare
 
-    prepared = prepare(create_run(tmp_path / "run", "{}\n", []), prompts("grpo", *OWN), torch.device("cpu"), Stop())
+    prepared = prepare(create_run(tmp_path / "run", "{}\n", []), Work(prompts("grpo", *OWN)))
     for example in examples(prepared):
         assert example.row.kind is Kind.ROLLOUT
         assert [part.role for part in example.parts] == [Role.OWN] * 3
@@ -194,18 +192,18 @@ def _tokenizer(config):
 @pytest.mark.slow
 def test_a_model_answers_prompts_and_a_stopped_job_goes_on(prompts, tmp_path):
     """The samples are the replies: one line each, that reads back as a demonstration."""
-    import torch
 
     from uft.sampling.generate import Interrupted
     from uft.training.liveness import Stop
     from uft.training.making import drawn_sources, sample_rows
+    from uft.training.setup import Work
 
     seeds = ("generate.seeds=[0,1,2]", "generate.batch_size=4", "generate.max_new_tokens=30")
     config = prompts("sft", *seeds)
 
     def job(out, stop=None):
-        arguments = (config.model.path, torch.device("cpu"), stop or Stop(), lambda text: None)
-        return sample_rows(config, drawn_sources(config), out, *arguments)
+        work = Work(config, stop=stop or Stop())
+        return sample_rows(work, drawn_sources(config), out, config.model.path)
 
     whole = tmp_path / "whole.jsonl"
     made = job(whole)

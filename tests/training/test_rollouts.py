@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from dying import LORA, UNEVEN, StopAt, lines
 from stage_runs import sit, survive, written
 
@@ -63,12 +62,11 @@ def rollouts(configure, files):
 @pytest.fixture
 def built(rollouts, tmp_path):
     from uft.runs import create_run
-    from uft.training.liveness import Stop
-    from uft.training.setup import prepare
+    from uft.training.setup import Work, prepare
 
     def make(*arguments, **options):
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        return prepare(create_run(folder, "{}\n", []), rollouts(*arguments, **options), torch.device("cpu"), Stop())
+        return prepare(create_run(folder, "{}\n", []), Work(rollouts(*arguments, **options)))
 
     return make
 

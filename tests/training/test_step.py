@@ -67,14 +67,17 @@ class Bench:
         others = sampler.mismatched(items if whole is None else whole) if needs.mismatched else ()
         return Collator(budget, self.trainer.collator.pad_id, layout)(items, others)
 
-    def step(self, batches: StepBatches, objective: Objective | None = None, **changes: Any) -> Step:
+    def step(self, batches: StepBatches, objective=None, lr=0.1, max_grad_norm=1.0, update=True) -> Step:
         self.trainer.objective = objective or self.objective()
-        return optimiser_step(self.trainer, batches, CONTEXT, **{"lr": 0.1, "max_grad_norm": 1.0, **changes})
+        config = self.trainer.config
+        config.optim = replace(config.optim, lr=lr, schedule="constant", warmup=0.0)
+        config.train = replace(config.train, max_grad_norm=max_grad_norm)
+        return optimiser_step(self.trainer, batches, CONTEXT, update)
 
     def measure(self, items: Sequence[Example], budget: int, **how: Any) -> tuple[float, Loss, Gradients, int]:
         """Loss, terms, gradients and the number of micro-batches; no update."""
         batches = self.batches(items, budget, **how)
-        step = self.step(batches, max_grad_norm=0.0, update=False)
+        step = self.step(batches, update=False)
         gradients = {name: p.grad.clone() for name, p in self.trainer.parameters.items() if p.grad is not None}
         return float(step.loss), step.terms, gradients, len(batches.micro_batches)
 

@@ -77,7 +77,7 @@ class Watch:
             "step": trainer.progress.step,
         }
 
-    def after_step(self, trainer: Trainer, step: Step) -> None:
+    def __call__(self, trainer: Trainer, step: Step) -> None:
         self.state = self.of(trainer)
 
 
@@ -139,7 +139,7 @@ def test_hooks_await_the_finite_check(build, poisoned_model, poisoned_rows):
     looked: list[int] = []
 
     class Looks:
-        def after_step(self, trainer: Trainer, step: Any) -> None:
+        def __call__(self, trainer: Trainer, step: Any) -> None:
             trainer.await_finite_check()
             looked.append(trainer.progress.step)
             assert torch.isfinite(step.loss)
@@ -175,7 +175,7 @@ def test_waiting_for_the_device_is_time_of_training(build, monkeypatch):
         return True
 
     class Line:
-        def after_step(self, trainer: Trainer, step: Any) -> None:
+        def __call__(self, trainer: Trainer, step: Any) -> None:
             if trainer.progress.step % 2:
                 trainer.await_finite_check()
 
@@ -221,7 +221,8 @@ def test_what_a_step_asks_its_device_for(build, monkeypatch, objective):
         trainer.objective.state[name] = tensor.to(META)
 
     def step() -> Step:
-        return optimiser_step(trainer, rows, trainer.step_context(0), lr=0.1, max_grad_norm=1.0, defer_check=True)
+        trainer.defer_check = True
+        return optimiser_step(trainer, rows, trainer.step_context(0))
 
     if objective in WAITS:
         with pytest.raises((RuntimeError, NotImplementedError), match=r"[mM]eta"):
@@ -273,7 +274,7 @@ def test_prefetching_changes_no_bit(build, objective):
         def __init__(self) -> None:
             self.seen: list[Any] = []
 
-        def after_step(self, trainer: Trainer, step: Step) -> None:
+        def __call__(self, trainer: Trainer, step: Step) -> None:
             state = checkpoint.read_state(trainer.save_checkpoint())
             self.seen.append((float(step.loss), state["feed"]))
 
@@ -319,7 +320,7 @@ def test_the_collector_looks_at_nothing_old_while_it_trains(build, monkeypatch):
     trainer, frozen = build("sft").trainer, []
 
     class Looks:
-        def after_step(self, trainer: Any, step: Any) -> None:
+        def __call__(self, trainer: Any, step: Any) -> None:
             frozen.append(gc.get_freeze_count())
             if len(frozen) == 2:
                 raise KeyError("in a hook")

@@ -26,7 +26,7 @@ class Losses:
         self.values: list[float] = []
         self.tokens: list[int] = []
 
-    def after_step(self, trainer: Trainer, step: Step) -> None:
+    def __call__(self, trainer: Trainer, step: Step) -> None:
         self.values.append(float(step.loss))
         self.tokens.append(step.tokens)
 

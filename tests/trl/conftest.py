@@ -203,7 +203,7 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         from uft.config.messages import conf_dir
         from uft.runs import Run
         from uft.training.liveness import Stop
-        from uft.training.setup import choose_device, prepare
+        from uft.training.setup import Work, choose_device, prepare
 
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -219,7 +219,7 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "hardware": {"device": "cpu"},
         }
         config = to_config(settings)
-        trainer = prepare(Run(tmp_path / "run"), config, choose_device(config.hardware), Stop()).trainer
+        trainer = prepare(Run(tmp_path / "run"), Work(config, choose_device(config.hardware), Stop())).trainer
         items = trainer.sampler.examples_of(trainer.sampler.preview(len(records)))
         trainer.hooks = [keep := Keep()]
         trainer.fit()
@@ -240,7 +240,7 @@ class Keep:
 
     step: Any = None
 
-    def after_step(self, trainer: Any, step: Any) -> None:
+    def __call__(self, trainer: Any, step: Any) -> None:
         self.step = step
 
 

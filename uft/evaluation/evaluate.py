@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from uft.config.schema import Eval
-from uft.data.batch import Batch, Example, make_example, micro_batches
+from uft.data.batch import Example, make_example, micro_batches
 from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message, Row
 from uft.distributed import ranks
@@ -27,7 +27,6 @@ from uft.heartbeat import activity, report_progress
 from uft.model.load import pad_id
 from uft.model.policy import Policy, evaluating, preserved_rng
 from uft.model.reference import Reference
-from uft.objectives.base import Forward
 from uft.objectives.views import pointwise
 from uft.rewards import Spec, Verdict, gold, judge
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete
@@ -113,17 +112,20 @@ def evaluate(
     evaluator = _Evaluator(policy, reference, renderer, settings, micro_batch_tokens, stop)
     overall, metrics, samples, items = Tally(), dict[str, float](), list[Sample](), list[Item]()
     with torch.no_grad(), evaluating(policy.module), preserved_rng(policy.device):
-        evaluator.fill_reference_cache(sources)
+        if reference and reference.column:  # that of all sources at once: its model is loaded once
+            encoded = (one for held in sources for row in islice(held.encoded, settings.rows) for one in row)
+            if not reference.column.fill(encoded, batch_tokens=micro_batch_tokens, should_stop=stop):
+                raise Interrupted
         for held in sources:
-            tally, found = Tally(), dict[str, Item]()
+            tally, by_row = Tally(), dict[str, Item]()
             for row, scored in evaluator.score(held):
-                item = found[row.id] = Item(held.name, row.id, prompt_text(row.prompt))
+                item = by_row[row.id] = Item(held.name, row.id, prompt_text(row.prompt))
                 item.log_probs = [one.log_prob for one in scored.completions]
                 item.rewards = [one.reward for one in scored.completions]
                 item.measures.add(measures := measured(scored))
                 tally.add(measures)
-            samples += evaluator.answer(held, tally, found)
-            items += found.values()
+            samples += evaluator.answer(held, tally, by_row)
+            items += by_row.values()
             overall.add(tally)
             metrics |= {f"eval/{held.name}/{name}": value for name, value in tally.means().items()}
     return Evaluation({f"eval/{name}": value for name, value in overall.means().items()} | metrics, samples, items)
@@ -139,15 +141,6 @@ class _Evaluator:
     settings: Eval
     micro_batch_tokens: int
     should_stop: Callable[[], bool]
-
-    def fill_reference_cache(self, sources: Sequence[HeldOut]) -> None:
-        """Compute missing log-probs of a cached reference for all sources at once: its model is loaded once."""
-        if not self.reference or not self.reference.column:
-            return
-        encoded = (e for held in sources for row in islice(held.encoded, self.settings.rows) for e in row)
-        fill = self.reference.column.fill
-        if not fill(encoded, batch_tokens=self.micro_batch_tokens, should_stop=self.should_stop):
-            raise Interrupted
 
     def score(self, held: HeldOut) -> list[tuple[Row, ScoredRow]]:
         """The first rows with every completion scored, whichever of them an objective would take."""
@@ -166,8 +159,14 @@ class _Evaluator:
         for batch in micro_batches(examples, self.micro_batch_tokens, pad, layout):
             if self.should_stop():
                 raise Interrupted
-            for number, scored in score_batch(self.policy, forward, batch.to(self.policy.device)):
-                scores[number].append(scored)
+            batch = batch.to(self.policy.device)
+            lengths = batch.lengths.tolist()
+            ours = self.policy(batch).log_probs.cpu().double().split(lengths)
+            theirs = forward(batch).log_probs.cpu().double().split(lengths) if forward else [None] * len(lengths)
+            numbers = batch.example[batch.row].tolist()
+            for number, good, own, other in zip(numbers, batch.good.tolist(), ours, theirs, strict=True):
+                reward = None if other is None else float((own - other).sum())
+                scores[number].append(Scored(good, len(own), float(own.sum()), reward))
             report_progress(sum(map(bool, scores.values())), len(examples), "rows scored")
         rows = []
         for example in examples:
@@ -195,13 +194,13 @@ class _Evaluator:
         passed = self.passes(held, rows[:checked], prompts) if self.settings.draws else []
         samples = []
         for number, (row, reply, text, verdict) in enumerate(zip(rows, replies, texts, verdicts, strict=True)):
-            found: dict[str, Sum] = {"completion_length": (len(reply.ids), 1.0)}
+            measures: dict[str, Sum] = {"completion_length": (len(reply.ids), 1.0)}
             if number < checked:
-                found |= {name: (value, 1.0) for name, value in verdict.figures.items()}
-                found |= passed[number] if passed else {}
-            tally.add(found)
+                measures |= {name: (value, 1.0) for name, value in verdict.figures.items()}
+                measures |= passed[number] if passed else {}
+            tally.add(measures)
             item = items.setdefault(row.id, Item(held.name, row.id, prompt_text(row.prompt)))
-            item.measures.add(found)
+            item.measures.add(measures)
             item.reply = text
             if number < self.settings.samples:
                 answer = gold(row) if held.checker else row.answer
@@ -218,13 +217,13 @@ class _Evaluator:
         texts = [self.renderer.said(reply.ids).content for reply in replies]
         jobs = [(held.checker or "", rows[place // n], text) for place, text in enumerate(texts)]
         verdicts = ranks().on_rank0(partial(judge_logged, held.name, jobs, self.policy.device))
-        found = []
+        chances = []
         for place in range(0, len(verdicts), n):
             firsts = [next(iter(v.figures.values())) for v in verdicts[place : place + n] if v.figures]
             wrong = sum(value < 1 for value in firsts)
             counts = [2**power for power in range(n.bit_length())] if firsts else []
-            found.append({f"pass@{k}": (1 - math.comb(wrong, k) / math.comb(n, k), 1.0) for k in counts})
-        return found
+            chances.append({f"pass@{k}": (1 - math.comb(wrong, k) / math.comb(n, k), 1.0) for k in counts})
+        return chances
 
     def _complete(self, temperature: float, requests: Sequence[tuple[list[int], int]]) -> list[Reply]:
         """Answers to prompts, each with the number of its draws."""
@@ -249,19 +248,6 @@ def judge_logged(source: str, jobs: Sequence[tuple[Spec, Row, str]], device: tor
         effect = "scored 0" if counts else "left out"
         log.warning("%s: %d of %d answers %s: %s", source, number, len(verdicts), effect, reason)
     return verdicts
-
-
-def score_batch(policy: Forward, reference: Forward | None, batch: Batch) -> Iterator[tuple[int, Scored]]:
-    """(row's number, its next completion) for every sequence, in the batch's order. Sums are float64, on the CPU."""
-    lengths = batch.lengths.tolist()
-    policy_parts = policy(batch).log_probs.cpu().double().split(lengths)
-    reference_parts = reference(batch).log_probs.cpu().double().split(lengths) if reference else [None] * len(lengths)
-    sequences = zip(batch.example[batch.row].tolist(), batch.good.tolist(), policy_parts, reference_parts, strict=True)
-    for example, good, ours, theirs in sequences:
-        scored = Scored(good, len(ours), float(ours.sum()))
-        if theirs is not None:
-            scored = replace(scored, reward=float((ours - theirs).sum()))
-        yield example, scored
 
 
 def distinct_prompts(rows: Sequence[Row], count: int) -> list[Row]:

@@ -104,7 +104,7 @@ class PackedLM(TemplateLM):
         order = sorted(range(len(sequences)), key=lambda at: requests[at][1])  # equal contexts side by side
         ordered = [sequences[at] for at in order]
         sizes = [len(ids) for ids, _ in ordered]
-        found: dict[int, tuple[float, bool]] = {}
+        scored: dict[int, tuple[float, bool]] = {}
         with evaluating(self.policy.module):
             for group in batches_of(sizes, self.batch_tokens) if padded else packs_of(ordered, self.batch_tokens):
                 if self.should_stop():
@@ -116,9 +116,9 @@ class PackedLM(TemplateLM):
                 sums = out.log_probs.cpu().double().split(lengths)
                 greedy = (out.argmax == batch.target_ids).cpu().split(lengths)
                 for at, total, same in zip(group, sums, greedy, strict=True):
-                    found[order[at]] = (float(total.sum()), bool(same.all()))
-                self.say(f"{len(found):,} of {len(requests):,} continuations scored")
-        return [found[at] for at in range(len(requests))]
+                    scored[order[at]] = (float(total.sum()), bool(same.all()))
+                self.say(f"{len(scored):,} of {len(requests):,} continuations scored")
+        return [scored[at] for at in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-prob of whole texts, in windows of the model's positions."""
@@ -183,22 +183,10 @@ class PackedLM(TemplateLM):
 # --- Tasks
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A metric of a task, with what it can be compared by."""
-
-    name: str  # TASK/METRIC, TASK/METRIC,FILTER, or TASK/mean of several
-    value: float
-    stderr: float | None  # of the mean over the task's rows; None: the harness knows none
-    n: int  # rows
-    keys: Sequence[str]  # of the harness
-    shots: int
-    template: bool  # whether prompts are rendered by the chat template
-    task_version: str
-    rows: str  # the file of the rows, or the harness's data set
-    left_out: int = 0  # rows of the file that cannot be judged here
-
-
+Figures = dict[str, dict[str, Any]]
+"""By name (TASK/METRIC, TASK/METRIC,FILTER, or TASK/mean of several): `value`, its `stderr` over the task's rows (None:
+the harness knows none), `n` rows, and what it can be compared by: `keys` of the harness, `shots`, `template`,
+`task_version`, `rows` (a file, or the harness's data set) and `left_out`, the rows that cannot be judged here."""
 Items = list[dict[str, Any]]
 
 
@@ -216,21 +204,21 @@ def load_tasks(tokenizer: PreTrainedTokenizerBase, settings: Eval, say: Callable
 @activity("tasks were evaluated", moving=True)
 def run_tasks(
     lm: PackedLM, tasks: Sequence[Loaded], settings: Eval, say: Callable[[str], None]
-) -> tuple[list[Figure], Items]:
+) -> tuple[Figures, Items]:
     """(figures of the tasks, verdicts and answers row by row). Raises UftError and Interrupted.
 
     Few-shot examples under a chat template are turns of the conversation, as the harness's default has it.
     """
-    figures, items = list[Figure](), Items()
+    figures, items = Figures(), Items()
     for one in tasks:
         before = lm.cut
         say(f"{one.task.task}: {len(one.leaves)} task{'s' * (len(one.leaves) > 1)} of the harness")
         options = {"apply_chat_template": one.task.template, "fewshot_as_multiturn": one.task.template}
-        found = evaluate(lm, one.content, limit=settings.task_rows, bootstrap_iters=100, **options)
+        outcome = evaluate(lm, one.content, limit=settings.task_rows, bootstrap_iters=100, **options)
         if lm.cut > before:
             say(f"{one.task.task}: {lm.cut - before:,} prompts are longer than {lm.max_length} tokens: cut at the left")
-        figures += one.figures(found)
-        items += one.items(found["samples"])
+        figures |= one.figures(outcome)
+        items += one.items(outcome["samples"])
     return figures, items
 
 
@@ -286,37 +274,36 @@ class Loaded:
                 raise UftError(Problem(f"eval.tasks: {name}", why, advice=(f"eval.shot_files.{name}=FILE", none)))
         return cls(task, content, file, rows.left_out if rows else 0)
 
-    def figures(self, found: Mapping[str, Any]) -> list[Figure]:
+    def figures(self, outcome: Mapping[str, Any]) -> Figures:
         """The metrics that the task was asked for, else all that the harness gives."""
-        results = found["results"][self.task.task]
+        results = outcome["results"][self.task.task]
         there = {key.removesuffix(",none"): key for key in results if "," in key and "_stderr," not in key}
         if unknown := [key for key in self.task.keys if key.removesuffix(",none") not in there]:
             why, advice = f"has no metric {', '.join(unknown)}", f"there are: {'  '.join(there)}"
             raise UftError(Problem(f"eval.tasks: {self.task.task}", why, advice=(advice,)))
         wanted = [[key.removesuffix(",none") for key in self.task.keys]] if self.task.keys else [[key] for key in there]
         leaf = next(iter(self.leaves.values()))
-        rows = {key: by_row(found["samples"], self.leaves, there[key]) for key in there}
-        made = []
+        rows = {key: by_row(outcome["samples"], self.leaves, there[key]) for key in there}
+        made = Figures()
         for keys in wanted:
             values = [float(results[there[key]]) for key in keys]
             errors = [results.get(there[key].replace(",", "_stderr,", 1)) for key in keys]
             stderr = mean_stderr([rows[key] for key in keys], values)
             if stderr is None and len(keys) == 1 and isinstance(errors[0], float):
                 stderr = errors[0]
-            made.append(
-                Figure(
-                    name=f"{self.task.task}/{keys[0] if len(keys) == 1 else 'mean'}",
-                    value=float(np.mean(values)),
-                    stderr=stderr,
-                    n=len(rows[keys[0]]),
-                    keys=[there[key] for key in keys],
-                    shots=int(leaf.get_config("num_fewshot") or 0),
-                    template=self.task.template,
-                    task_version=str(leaf.VERSION),
-                    rows=self.file or str(leaf.DATASET_PATH),
-                    left_out=self.left_out,
-                )
-            )
+            name = f"{self.task.task}/{keys[0] if len(keys) == 1 else 'mean'}"
+            made[name] = {
+                "name": name,
+                "value": float(np.mean(values)),
+                "stderr": stderr,
+                "n": len(rows[keys[0]]),
+                "keys": [there[key] for key in keys],
+                "shots": int(leaf.get_config("num_fewshot") or 0),
+                "template": self.task.template,
+                "task_version": str(leaf.VERSION),
+                "rows": self.file or str(leaf.DATASET_PATH),
+                "left_out": self.left_out,
+            }
         return made
 
     def items(self, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Items:
@@ -369,13 +356,13 @@ class Rows:
     def read(cls, task: str, file: str, shots: str | None) -> Rows:
         """The rows of files. Of rows with a column `task` those that the task's name ends in; of IFEval's rows
         those that can be judged here."""
-        found = read_rows(file, f"eval.task_files.{task}")
-        found = [row for row in found if task.endswith(str(row.get("task", task)))]
-        judged = [row for row in found if not SENTENCES & set(row.get("instruction_id_list", ())) or has_punkt()]
+        rows = read_rows(file, f"eval.task_files.{task}")
+        rows = [row for row in rows if task.endswith(str(row.get("task", task)))]
+        judged = [row for row in rows if not SENTENCES & set(row.get("instruction_id_list", ())) or has_punkt()]
         if not judged:
             raise UftError(Problem(f"eval.task_files.{task}", f"{file} has no row for this task"))
         examples = read_rows(shots, f"eval.shot_files.{task}") if shots else None
-        return cls(judged, examples, len(found) - len(judged))
+        return cls(judged, examples, len(rows) - len(judged))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -388,11 +375,7 @@ class Rows:
 
         evaluated, shots = (Dataset.from_list(list(map(dict, rows))) for rows in (self.evaluated, self.shots or ()))
 
-        class Splits(dict[str, Any]):
-            def __missing__(self, split: str) -> Any:
-                return evaluated
-
-        return Splits(shots=shots)
+        return defaultdict(lambda: evaluated, shots=shots)
 
 
 def read_rows(file: str, key: str) -> list[dict[str, Any]]:

@@ -32,6 +32,13 @@ class ScoredRow:
     completions: tuple[Scored, ...]
     pair: tuple[Scored, Scored] | None = None  # (better, worse)
 
+    @property
+    def margin(self) -> float | None:
+        """Implicit reward of the better completion minus that of the worse, beta = 1."""
+        if self.pair is None or self.pair[0].reward is None or self.pair[1].reward is None:
+            return None
+        return self.pair[0].reward - self.pair[1].reward
+
 
 Sum = tuple[float, float]  # (sum, count)
 NOTHING: Sum = (0.0, 0.0)
@@ -66,51 +73,29 @@ def log_ratio(row: ScoredRow) -> Sum:
 
 
 def _rewards(row: ScoredRow, good: bool) -> Sum:
+    """Implicit reward of good completions (chosen, shown, labelled good, well scored), or of the others."""
     found = [c.reward for c in row.completions if c.good == good and c.reward is not None]
     return sum(found), len(found)
 
 
-def chosen_reward(row: ScoredRow) -> Sum:
-    """Implicit reward of good completions (chosen, shown, labelled good, well scored)."""
-    return _rewards(row, True)
-
-
-def rejected_reward(row: ScoredRow) -> Sum:
-    """Implicit reward of the others."""
-    return _rewards(row, False)
-
-
-def _preferred(difference: float) -> Sum:
-    """1 where the better side is ahead; a tie counts half."""
+def _preferred(difference: float | None) -> Sum:
+    """1 where the better side is ahead; a tie counts half. None: there is no pair."""
+    if difference is None:
+        return NOTHING
     return (0.5 if abs(difference) < TIE else float(difference > 0)), 1.0
 
 
-def pair_accuracy(row: ScoredRow) -> Sum:
-    """How often the policy gives the better completion the higher log-prob (of whole sequences)."""
-    return NOTHING if row.pair is None else _preferred(row.pair[0].log_prob - row.pair[1].log_prob)
-
-
-def _margin(row: ScoredRow) -> float | None:
-    if row.pair is None or row.pair[0].reward is None or row.pair[1].reward is None:
-        return None
-    return row.pair[0].reward - row.pair[1].reward
-
-
-def reward_accuracy(row: ScoredRow) -> Sum:
-    """How often the better completion has the higher implicit reward; 0.5 before the first step."""
-    difference = _margin(row)
-    return NOTHING if difference is None else _preferred(difference)
-
-
-def margin(row: ScoredRow) -> Sum:
-    """Implicit reward of the better completion minus that of the worse, beta = 1."""
-    difference = _margin(row)
-    return NOTHING if difference is None else (difference, 1.0)
-
-
 MEASURES: dict[str, Callable[[ScoredRow], Sum]] = {
-    function.__name__: function
-    for function in (nll, log_prob, log_ratio, pair_accuracy, reward_accuracy, margin, chosen_reward, rejected_reward)
+    "nll": nll,
+    "log_prob": log_prob,
+    "log_ratio": log_ratio,
+    # how often the policy gives the better completion the higher log-prob (of whole sequences)
+    "pair_accuracy": lambda row: _preferred(row.pair and row.pair[0].log_prob - row.pair[1].log_prob),
+    # how often the better completion has the higher implicit reward; 0.5 before the first step
+    "reward_accuracy": lambda row: _preferred(row.margin),
+    "margin": lambda row: NOTHING if row.margin is None else (row.margin, 1.0),
+    "chosen_reward": lambda row: _rewards(row, True),
+    "rejected_reward": lambda row: _rewards(row, False),
 }
 
 

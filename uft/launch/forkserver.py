@@ -193,7 +193,12 @@ def serve(connection: socket.socket, parent: int) -> int:
     """Fork a job for every request until the launcher is gone. Returns in the jobs alone: their exit codes."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_NAME, NAME.encode())
-    if os.getppid() != parent or device_files():
+    files = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            files.append(os.readlink(f"/proc/self/fd/{number}"))
+    # a device that is open: a context of CUDA does not survive a fork
+    if os.getppid() != parent or any(file.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri")) for file in files):
         os._exit(1)
     gc.disable()
     gc.freeze()  # a collection in a job would write to all these pages, and so copy them
@@ -211,15 +216,6 @@ def serve(connection: socket.socket, parent: int) -> int:
         for descriptor in descriptors:
             os.close(descriptor)
         os.waitpid(child, 0)
-
-
-def device_files() -> list[str]:
-    """Devices that this process has opened: a context of CUDA does not survive a fork."""
-    files = []
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            files.append(os.readlink(f"/proc/self/fd/{number}"))
-    return [file for file in files if file.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri"))]
 
 
 _exit_code = [1]  # of this process where it is a job: exit handlers are not told

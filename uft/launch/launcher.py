@@ -356,14 +356,18 @@ def today(now: datetime | None = None) -> str:
 def single_run_dir(cfg: Mapping[str, Any], now: datetime | None = None) -> Path:
     """The folder of a run that is no job of a sweep: `run.dir`, else outputs/DATE/NAME.
 
-    NAME is `run.name`, and the run of that name is continued; else it is objective and data (or stages), model, seed
-    and time of day, with a number where such a folder exists.
+    NAME is `run.name`, and the run of that name is continued; else it is objective and data (or the stages, those of
+    one round), model, seed and time of day, with a number where such a folder exists.
     """
     if cfg["run"]["dir"]:
         return Path(cfg["run"]["dir"])
     if cfg["run"]["name"]:
         return OUTPUTS / today(now) / str(cfg["run"]["name"])
-    what = ("-then-".join(cfg["stages"]),) if cfg.get("stages") else (cfg["objective"]["name"], cfg["data"]["name"])
+    stages, rounds = list(cfg.get("stages") or ()), cfg.get("rounds")
+    if rounds:  # fit-1, fit-2, ...
+        stages = list(dict.fromkeys(stage.rpartition("-")[0] for stage in stages))
+    what = ["-then-".join(stages)] if stages else [cfg["objective"]["name"], cfg["data"]["name"]]
+    what += [f"{rounds}rounds"] if rounds else []
     time_of_day = (now or datetime.now()).strftime("%H%M%S")
     name = slug("-".join(map(str, (*what, cfg["model"]["name"], f"seed{cfg['seed']}", time_of_day))))
     names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
@@ -384,11 +388,11 @@ def started_from(word: str | None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a result, without importing it."""
-    found = dict.fromkeys(PACKAGES, "not installed")
+    known = dict.fromkeys(PACKAGES, "not installed")
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return {"uft": __version__, "python": platform.python_version(), "platform": platform.platform(), **found}
+            known[package] = version(package)
+    return {"uft": __version__, "python": platform.python_version(), "platform": platform.platform(), **known}
 
 
 def provenance() -> dict[str, Any]:

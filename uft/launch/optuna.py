@@ -127,11 +127,11 @@ class Space:
         """The same space with whole numbers for the keys that take them in a resolved configuration of it."""
         from optuna.distributions import FloatDistribution, IntDistribution
 
-        found = dict(self.distributions)
-        for key, axis in found.items():
+        axes = dict(self.distributions)
+        for key, axis in axes.items():
             if isinstance(axis, FloatDistribution) and whole_number(key.lstrip("+"), settings):
-                found[key] = IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
-        return replace(self, distributions=found)
+                axes[key] = IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
+        return replace(self, distributions=axes)
 
 
 def value_text(value: Any) -> str:

@@ -70,21 +70,22 @@ def run_worker(
     The child has a session of its own, so that Ctrl-C on the terminal reaches it once, through us, and not twice.
     A child that was ended by a signal we forwarded counts as stopped; one killed by anything else has failed.
     """
-    sent, killed_before = list[int](), oom_kills()
-    environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(variables or {})}
+    before, killed_before = len(signalled), oom_kills()
+    env = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(variables or {})}
     command = [*AGENT, *torchrun, "-m", "uft.launch.worker", *arguments] if torchrun else [*COMMAND, *arguments]
-    with forwarding(sent, quiet=log is not None) as children, output(log) as (out, err):
+    with forwarding(quiet=log is not None) as children, ExitStack() as files:
+        out, err = 1, 2
+        if log is not None:
+            out, err = (files.enter_context(open(path, "a")).fileno() for path in (os.devnull, log))
         child: Child | None = None
-        if server := None if torchrun else forkserver.server_for(command, environment):
+        if server := None if torchrun else forkserver.server_for(command, env):
             children[:] = [server.process]  # a signal that comes while it still imports ends it
-            child = None if sent else server.fork(COMMAND[-1], arguments, environment, cwd, (0, out, err))
+            child = None if signalled[before:] else server.fork(COMMAND[-1], arguments, env, cwd, (0, out, err))
             if child is None:  # it is lost: from here on Popen
                 forkserver.Current.close()
-        child = child or subprocess.Popen(
-            command, start_new_session=True, env=environment, cwd=cwd, stdout=out, stderr=err
-        )
+        child = child or subprocess.Popen(command, start_new_session=True, env=env, cwd=cwd, stdout=out, stderr=err)
         children[:] = [child]
-        for number in sent:  # one came in before there was a child
+        for number in signalled[before:]:  # one came in before there was a child
             child.send_signal(number)
         try:
             code = child.wait()
@@ -94,7 +95,7 @@ def run_worker(
             raise
         if code >= 0:
             return code
-        if sent:
+        if sent := signalled[before:]:
             return stop_code(sent[0])
         why = cause(-code, oom_kills() - killed_before)
         os.write(err, f"uft: the worker was killed by {signal.Signals(-code).name}{why}\n".encode())
@@ -102,16 +103,6 @@ def run_worker(
 
 
 Child = subprocess.Popen[bytes] | forkserver.Child
-
-
-@contextmanager
-def output(log: Path | None) -> Iterator[tuple[int, int]]:
-    """Descriptors of stdout and stderr for a child: ours, or with `log` no stdout and stderr appended to that file."""
-    if log is None:
-        yield 1, 2
-        return
-    with open(os.devnull, "w") as nothing, open(log, "a") as file:
-        yield nothing.fileno(), file.fileno()
 
 
 def cause(number: int, oom: int) -> str:
@@ -142,22 +133,21 @@ def python_path() -> str:
 
 
 signalled: list[int] = []
-"""Signals that this process forwarded to workers, for the table of a sweep."""
+"""Signals that this process forwarded to its workers, in their order; the table of a sweep looks at it too."""
 
 
 @contextmanager
-def forwarding(sent: list[int], quiet: bool) -> Iterator[list[Child]]:
-    """Append every signal to `sent` and forward it to the children in the list that is yielded.
+def forwarding(quiet: bool) -> Iterator[list[Child]]:
+    """Note every signal in `signalled` and forward it to the children in the list that is yielded.
 
     Where they are `quiet`, the first Ctrl-C is acknowledged here. SIGUSR2 is left alone where it has a handler:
     submitit puts a job back in the queue by it.
     """
-    children: list[Child] = []
+    children, before = list[Child](), len(signalled)
 
     def receive(number: int) -> None:
-        sent.append(number)
         signalled.append(number)
-        if quiet and sent == [signal.SIGINT]:
+        if quiet and signalled[before:] == [signal.SIGINT]:
             with suppress(OSError):
                 os.write(2, STOPPING)
         for child in children:

@@ -131,12 +131,12 @@ class Sweep:
 
     def unusable(self, examined: Sequence[Examined], lines: Sequence[Sequence[str]]) -> list[Problem]:
         """Problems of rows that the objectives of jobs cannot use, each once, with the first job that has it."""
-        found: dict[Problem, int] = {}
+        first_job: dict[Problem, int] = {}
         for number, one in enumerate(examined):
             for problem in unusable_rows(one.settings):
-                found.setdefault(problem, number)
-        varying = {number: " ".join(x for x in lines[number] if word_key(x) in self.axes) for number in found.values()}
-        return [replace(problem, advice=(f"first in  {varying[number]}",)) for problem, number in found.items()]
+                first_job.setdefault(problem, number)
+        varying = {n: " ".join(x for x in lines[n] if word_key(x) in self.axes) for n in first_job.values()}
+        return [replace(problem, advice=(f"first in  {varying[number]}",)) for problem, number in first_job.items()]
 
     def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
         """Give jobs to Hydra's launcher, which returns when all of them have ended."""
@@ -278,10 +278,8 @@ def settings_of_arms(chosen: Iterable[str], arms: Mapping[str, str]) -> dict[str
             problems.append(Problem(f"{ARM}={name}", why, COMMAND_LINE, (advice,) if advice else ()))
     raise_problems(problems)
     parser = OverridesParser.create()
-    parsed = {name: parser.parse_overrides(shlex.split(arms[name])) for name in dict.fromkeys(chosen)}
-    return {
-        name: {one.get_key_element(): one.get_value_element_as_str() for one in row} for name, row in parsed.items()
-    }
+    rows = {name: parser.parse_overrides(shlex.split(arms[name])) for name in dict.fromkeys(chosen)}
+    return {name: {one.get_key_element(): one.get_value_element_as_str() for one in row} for name, row in rows.items()}
 
 
 def examine_jobs(request: Request, loader: ConfigLoader) -> tuple[list[Problem], str]:
@@ -295,12 +293,12 @@ def refusal(
     examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: Mapping[str, Sequence[str]], typed: Sequence[str]
 ) -> tuple[list[Problem], str]:
     """(problems, footer): one problem per key and reason, with the number of jobs that have it; with them bad rows."""
-    found: dict[tuple[str, str], dict[int, Problem]] = {}
+    by_reason: dict[tuple[str, str], dict[int, Problem]] = {}
     for number, one in enumerate(examined):
         for problem in one.problems:
-            found.setdefault((word_key(problem.what), problem.why), {})[number] = problem
+            by_reason.setdefault((word_key(problem.what), problem.why), {})[number] = problem
     problems = []
-    for having in found.values():
+    for having in by_reason.values():
         number, problem = next(iter(having.items()))
         if len(having) < len(jobs):
             varying = " ".join(line for line in jobs[number] if word_key(line) in axes)
@@ -366,7 +364,7 @@ def as_begun(jobs: Sequence[Job], axes: Collection[str]) -> list[str]:
 
 def refuse_other_runs(jobs: Sequence[Job]) -> None:
     """UftError where runs that exist in the sweep's folder have another configuration than the jobs of their names."""
-    found: dict[tuple[str, str], list[Job]] = {}
+    changed: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         run = Run(job.folder)
         try:
@@ -377,11 +375,11 @@ def refuse_other_runs(jobs: Sequence[Job]) -> None:
             continue
         for key, old, new in changes:
             if not may_change(key):
-                found.setdefault((key, f"{written(old)} -> {written(new)}"), []).append(job)
-    if found:
+                changed.setdefault((key, f"{written(old)} -> {written(new)}"), []).append(job)
+    if changed:
         problems = [
             Problem(key, why, f"{len(having)} of {len(jobs)} jobs, the first is {having[0].folder.name}")
-            for (key, why), having in found.items()
+            for (key, why), having in changed.items()
         ]
         last = (
             f"{jobs[0].folder.parent} holds runs with another configuration (old -> new above), and a run goes on\n"

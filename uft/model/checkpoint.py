@@ -221,7 +221,7 @@ def _load_shards(folder: Path, parameters: Mapping[str, Tensor], prefix: str) ->
         how = "finish the run with the version that began it (`git_commit` in run.json), on any number of processes"
         raise UftError(Problem(shown(folder), why, advice=(how,)))
     reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, dcp.metadata.TensorStorageMetadata), key
         if not key.startswith(prefix):
@@ -229,11 +229,11 @@ def _load_shards(folder: Path, parameters: Mapping[str, Tensor], prefix: str) ->
         group, _, name = key.partition("/")
         like, dtype = parameters.get(name if group == "model" else name.rpartition("/")[0]), stored.properties.dtype
         if isinstance(like, DTensor) and like.shape == stored.size:
-            found[key] = torch.zeros_like(like, dtype=dtype)
+            tensors[key] = torch.zeros_like(like, dtype=dtype)
         else:
-            found[key] = torch.zeros(stored.size, dtype=dtype)
-    dcp.load(found, storage_reader=reader, no_dist=not ranks().sharded)
-    return found
+            tensors[key] = torch.zeros(stored.size, dtype=dtype)
+    dcp.load(tensors, storage_reader=reader, no_dist=not ranks().sharded)
+    return tensors
 
 
 def _verify(folder: Path, name: str) -> None:

@@ -200,14 +200,14 @@ def adapted_weights(base: nn.Module) -> dict[str, list[tuple[str, Any]]]:
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found: dict[str, list[tuple[str, Any]]] = {}
+    adapters: dict[str, list[tuple[str, Any]]] = {}
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             place, inner = name, module
             while isinstance(inner, BaseTunerLayer):  # experts whose weights are parameters have one around the other
                 place, inner = f"{place}.base_layer", cast(Any, inner).base_layer
-            found.setdefault(f"{place}.{getattr(module, 'parameter_name', 'weight')}", []).append((name, module))
-    return found
+            adapters.setdefault(f"{place}.{getattr(module, 'parameter_name', 'weight')}", []).append((name, module))
+    return adapters
 
 
 def _delta(owner: str, layer: Any, active: str, weights: Mapping[str, Tensor]) -> Tensor:

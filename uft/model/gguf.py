@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +31,6 @@ SPLITS = {QWEN_SPLIT: "qwen2", QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): "l
 TOLERANCE = 1e-3
 """Largest difference of log-probs between the folder and the file read back, by unit of their size, both in float32."""
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
-
-
-def require_package() -> None:
-    """Raises UftError where the package gguf is not installed."""
-    if find_spec("gguf") is None:
-        advice = ("pip install 'uft-lm[gguf]'",)
-        raise UftError(Problem("--gguf", "needs the package gguf, which is not installed", advice=advice))
 
 
 def require_described(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -182,11 +174,11 @@ def _difference(model: Any, out: Path) -> float:
     )
     ids = (7919 * torch.arange(1, 33) % min(model.config.vocab_size, read.config.vocab_size))[None]
     ours, theirs = (one.eval()(ids).logits.log_softmax(-1) for one in (model.float(), read))
-    found = float((ours - theirs).abs().max())
-    if not found <= TOLERANCE * max(1.0, float(ours.abs().max())):
-        why = f"the GGUF file was read back, and its log-probs differ from the folder's by {found:.2g}"
+    difference = float((ours - theirs).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(ours.abs().max())):
+        why = f"the GGUF file was read back, and its log-probs differ from the folder's by {difference:.2g}"
         raise UftError(Problem(shown(out.parent), why), code=1)
-    return found
+    return difference
 
 
 # --- Ollama
@@ -242,8 +234,6 @@ def turn_pieces(render: Callable[[list[dict[str, str]], bool], str]) -> tuple[st
     default = before.removeprefix(begin).removesuffix(end)
     if before and (not default or before != begin + default + end):
         return None
-    branches = [
-        f'eq .Role "{role}" }}}}{piece.replace(MARKS[role], "{{ .Content }}")}' for role, piece in pieces.items()
-    ]
+    branches = [f'eq .Role "{role}" }}}}{text.replace(MARKS[role], "{{ .Content }}")}' for role, text in pieces.items()]
     turns = "{{ if " + "{{ else if ".join(branches) + "{{ end }}"
     return f"{prefix}{{{{- range .Messages }}}}{turns}{{{{ end }}}}{header}", default

@@ -240,18 +240,15 @@ class Predictions:
 
     def _by_chunks(self, work: Callable[..., Tensor], *states: Tensor) -> Tensor:
         """(N,) of `work` on chunks of these states, whose logits are never kept."""
-        parts = [checkpoint(work, *(side[part] for side in states), use_reentrant=False) for part in self._parts()]
+        vocabulary = self.head.vocabulary if self.head else self.states.shape[1]
+        chunks = _chunks(len(self.states), chunk_rows(vocabulary, self.states.device))
+        parts = [checkpoint(work, *(side[part] for side in states), use_reentrant=False) for part in chunks]
         return torch.cat(parts) if parts else _at_least_float32(self.states.sum(1))
 
     @torch.no_grad()
     def collision(self) -> Tensor:
         """(N,) log sum over the vocabulary of p^2, a chunk at a time."""
-        parts = [self.log_softmax(self.states[part]).mul_(2).logsumexp(1) for part in self._parts()]
-        return torch.cat(parts) if parts else _at_least_float32(self.states.sum(1))
-
-    def _parts(self) -> Iterator[slice]:
-        vocabulary = self.head.vocabulary if self.head else self.states.shape[1]
-        return _chunks(len(self.states), chunk_rows(vocabulary, self.states.device))
+        return self._by_chunks(lambda states: self.log_softmax(states).mul_(2).logsumexp(1), self.states)
 
     def log_softmax(self, states: Tensor) -> Tensor:
         """(n, H or V) -> (n, V) in at least float32."""
@@ -341,7 +338,11 @@ class _SelectedLogProbs(torch.autograd.Function):
                 picked = logits.gather(1, target_ids[part, None]).squeeze(1)
                 if with_argmax:
                     argmax[part] = logits.argmax(1)
-                normaliser[part] = logits.logsumexp(1) if keep else _logsumexp_(logits)
+                if keep:
+                    normaliser[part] = logits.logsumexp(1)
+                else:  # in place
+                    peak = logits.amax(1, keepdim=True)
+                    normaliser[part] = logits.sub_(peak).exp_().sum(1).log_() + peak.squeeze(1)
                 log_probs[part] = picked - normaliser[part]
         ctx.save_for_backward(hidden, weight, bias, target_ids, normaliser, logits if keep else None)
         ctx.head, ctx.rows = head, rows
@@ -365,12 +366,6 @@ class _SelectedLogProbs(torch.autograd.Function):
                 head.transform.backward_(gradient.mul_(incoming[part, None]), logits)
                 sums.add(part, gradient if kept is not None else room.narrowed(gradient), inputs, matrix)
         return sums.hidden, sums.weight, sums.bias, None, None, None
-
-
-def _logsumexp_(logits: Tensor) -> Tensor:
-    """(n, V) -> (n,); overwrites the logits."""
-    peak = logits.amax(1, keepdim=True)
-    return logits.sub_(peak).exp_().sum(1).log_() + peak.squeeze(1)
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,8 @@ def compile_blocks(policy: Policy, asked: bool = True) -> None:
 
 def _compile_blocks(policy: Policy) -> None:
     key, advice = "model.compile=true", ("model.compile=false",)
-    found = blocks(policy.base)
-    if not found:
+    all_blocks = blocks(policy.base)
+    if not all_blocks:
         raise UftError(Problem(key, "no blocks are found in this model", advice=advice))
 
     def log_probs() -> torch.Tensor:
@@ -173,7 +173,7 @@ def _compile_blocks(policy: Policy) -> None:
     if not torch.equal(before, log_probs()):  # dropout: compare without it
         policy.eval()
         before = log_probs()
-    for block in found:
+    for block in all_blocks:
         block.forward = _compiled_with_gradients(block.forward)
     try:
         after = log_probs()
@@ -187,7 +187,7 @@ def _compile_blocks(policy: Policy) -> None:
     if not difference <= policy.tolerance(before):
         raise UftError(Problem(key, f"log-probs of the compiled model differ by {difference:.1e}", advice=advice))
     policy.compiled = True
-    policy.notes.append(f"{len(found)} blocks compiled")
+    policy.notes.append(f"{len(all_blocks)} blocks compiled")
 
 
 def _compiled_with_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -202,19 +202,15 @@ def adapt_module(base: Any, model: Model, init_seed: int) -> nn.Module:
 
 def load_base(model: Model, key: str = MODEL_PATH) -> Any:
     """The transformers model of `model`, which `key` names, without an adapter, on the CPU."""
-    base = _read_base(model, key)
-    quantise(blocks(base), model)
-    return base
-
-
-def _read_base(model: Model, key: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
     place, what = locate(model, key), f"{key}={model.path}"
     if place.is_checkpoint:
         trained = checkpoint_policy(checkpoint_config(place, model).model, Path(place.path), torch.device("cpu"))
-        return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
+        merged = plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
+        quantise(blocks(merged), model)
+        return merged
     with _explained(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
         if folder := folder_of(place):
@@ -262,6 +258,7 @@ def _read_base(model: Model, key: str) -> Any:
         module.config.tie_word_embeddings = own.tie_word_embeddings = False
         note = "its configuration says that head and embeddings are one weight, its files have two: two"
         module.uft_notes.append(note)
+    quantise(blocks(module), model)
     return module
 
 

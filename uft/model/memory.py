@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from uft.config.schema import Config
 from uft.model.head import chunk_rows
 from uft.model.policy import DTYPES, Policy, blocks
 from uft.model.precision import bytes_of, weights_in
@@ -45,17 +46,6 @@ class Shape:
     factors: int = 0  # rows and columns of trained matrices, and trained weights outside of matrices
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Distribution of a model over devices."""
-
-    processes: int = 1
-    sharded: bool = False
-    offload: bool = False  # shards and optimiser are in the CPU's memory
-
-
-ONE = Spread()
-
 MOMENTS: dict[str, Callable[[Shape], int]] = {
     "adamw": lambda shape: 8 * shape.trained,
     "adamw8bit": lambda shape: 2 * shape.trained + 8 * shape.trained // 256,  # two in a byte each, with their scales
@@ -72,11 +62,11 @@ def shape_of(policy: Policy) -> Shape:
         return sum(map(bytes_of, parameters))
 
     config: Any = policy.base.config.get_text_config()
-    found = blocks(policy.base)
+    all_blocks = blocks(policy.base)
     widths = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # Gemma 3n: one a layer
-    weights, layers = size(policy.module.parameters()), [size(block.parameters()) for block in found]
+    weights, layers = size(policy.module.parameters()), [size(block.parameters()) for block in all_blocks]
     names, trainable = hidden_matrices(policy), policy.trainable()
-    numbers = sum(weights_in(parameter) for block in found for parameter in block.parameters())
+    numbers = sum(weights_in(parameter) for block in all_blocks for parameter in block.parameters())
     return Shape(
         weight_bytes=weights,
         trained_bytes=size(trainable.values()),
@@ -86,7 +76,7 @@ def shape_of(policy: Policy) -> Shape:
         intermediate=widths if isinstance(widths, int) else max(widths),
         vocabulary=policy.embedding_rows,
         activation_bytes=4 if policy.dtype == "float32" else 2,
-        recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in found),
+        recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in all_blocks),
         stored_bytes=sum(layers) / numbers if numbers else next(iter(policy.base.parameters())).element_size(),
         head_rows=chunk_rows(policy.embedding_rows, policy.device),
         cast_bytes=sum(2 * copy.layer.weight.numel() for copy in policy.narrow),
@@ -107,17 +97,10 @@ def hidden_matrices(policy: Policy) -> set[str]:
 
 
 def estimate(
-    shape: Shape,
-    *,
-    optimiser: str,
-    momentum: bool,
-    micro_batch_tokens: int,
-    reference_mode: str | None,
-    spread: Spread = ONE,
-    other: Shape | None = None,
+    config: Config, shape: Shape, tokens: int, reference_mode: str | None = None, other: Shape | None = None
 ) -> dict[str, int]:
     """Bytes on each device by part. Weights, gradients, moments and the reference are exact; activations are a rule of
-    thumb. `other`: the model compared with, where it is not the policy's.
+    thumb. `tokens`: of the largest micro-batch; `other`: the model compared with, where it is not the policy's.
 
     Per token and layer a gated transformer keeps about 10 vectors of the hidden size (norms, queries, keys, values,
     attention output, residuals) and 4 of the intermediate one; recomputing keeps one hidden vector per layer, and one
@@ -126,16 +109,19 @@ def estimate(
     Of a sharded model, a device holds besides its shard the gathered weights: embeddings and head with their gradient,
     and two blocks, one computing and one in transfer.
     """
+    optim, hardware = config.optim, config.hardware
     hidden = shape.hidden * shape.activation_bytes
     layer = 10 * hidden + 4 * shape.intermediate * shape.activation_bytes
     again = shape.recomputed
     if shape.offloaded:
         again, hidden = shape.layers, 0
     per_token = again * hidden + (shape.layers - again + bool(again)) * layer
-    head_rows = min(micro_batch_tokens, shape.head_rows or chunk_rows(shape.vocabulary, torch.device("cpu")))
-    moments = MOMENTS[optimiser](shape) + 4 * shape.trained * (momentum and optimiser in ("rmsprop", "sgd"))
-    share = spread.processes if spread.sharded else 1
-    kept = 0 if spread.sharded and spread.offload else 1
+    head_rows = min(tokens, shape.head_rows or chunk_rows(shape.vocabulary, torch.device("cpu")))
+    with_momentum = optim.momentum > 0 and optim.name in ("rmsprop", "sgd")
+    moments = MOMENTS[optim.name](shape) + 4 * shape.trained * with_momentum
+    sharded = hardware.sharding == "full"
+    share = hardware.processes * hardware.nodes if sharded else 1
+    kept = 0 if sharded and hardware.offload else 1
     travelling = int(2 * shape.block_bytes * shape.activation_bytes / shape.stored_bytes)
     gathered = (2 if shape.trained_bytes else 1) * (shape.shared_bytes + travelling)
     return {
@@ -143,10 +129,10 @@ def estimate(
         "gradients": kept * shape.trained_bytes // share,
         "optimiser": kept * moments // share,
         "copies in bfloat16": shape.cast_bytes,
-        "activations": micro_batch_tokens * per_token,
+        "activations": tokens * per_token,
         "head": 2 * 4 * head_rows * shape.vocabulary,  # a chunk of logits and its gradient
         "reference": kept * (other or shape).weight_bytes // share if reference_mode == "copy" else 0,
-        "gathered": gathered if spread.sharded else 0,
+        "gathered": gathered if sharded else 0,
     }
 
 

@@ -178,7 +178,11 @@ class Policy:
             self.require_embeddings("objective")
             with nullcontext() if request.embed_grad else torch.no_grad():
                 embedded = self.embeddings(batch.input_ids)
-                embedded = self._mixed(embedded, batch.place, request) if mixing else embedded
+                if mixing and request.replace is not None:  # those of the targets that are among the inputs
+                    among, flat = batch.place != NOT_AN_INPUT, embedded.flatten(0, 1)
+                    place, others = batch.place[among], self.embeddings(request.replace[among])
+                    mixed = (1 - request.mix) * flat[place] + request.mix * others
+                    embedded = flat.index_copy(0, place, mixed.to(flat.dtype)).view_as(embedded)
                 inputs["inputs_embeds"] = embedded if noise is None else embedded + noise.like(embedded, batch)
         for copy in self.narrow:
             copy.refresh()
@@ -194,14 +198,6 @@ class Policy:
         if not self.takes_embeddings:
             why = "takes no embeddings in place of tokens, so they can be neither mixed nor kept from learning"
             raise UftError(Problem(what, f"{type(self.base).__name__} {why}", advice=("objective=sft",)))
-
-    def _mixed(self, embedded: Tensor, place: Tensor, request: ForwardRequest) -> Tensor:
-        """(B, L, H) with the replacements of the targets that are among the inputs mixed in."""
-        assert request.replace is not None
-        among = place != NOT_AN_INPUT
-        place, flat = place[among], embedded.flatten(0, 1)
-        mixed = (1 - request.mix) * flat[place] + request.mix * self.embeddings(request.replace[among])
-        return flat.index_copy(0, place, mixed.to(flat.dtype)).view_as(embedded)
 
     # --- trials before the first step
 
@@ -527,15 +523,21 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = list(lora.targets)
+    targets, names = list(lora.targets), {name.rpartition(".")[2] for name, _ in model.named_modules()} - {""}
     check_targets(model, targets)
-    check_saved(model, lora.modules_to_save)
+    unknown, why = [name for name in lora.modules_to_save if name not in names], "no module of this name"
+    key = "model.lora.modules_to_save"
+    raise_problems([Problem(f"{key}={name}", why, "", did_you_mean(name, names)) for name in unknown])
+    # all-linear leaves out what PEFT refuses, and routers of experts, which return more than one tensor
+    refused = {"out_proj"} if model.config.model_type in MAMBA_LIKE else set()
+    linear = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_quantised(m.weight))
+    refused |= {name.rpartition(".")[2] for name, m in linear if type(m).forward is not nn.Linear.forward}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
-        exclude_modules=not_adaptable(model) if ALL_LINEAR in targets else None,
+        exclude_modules=sorted(refused) or None if ALL_LINEAR in targets else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) or None,
@@ -557,15 +559,6 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
     return module
 
 
-def not_adaptable(model: Any) -> list[str] | None:
-    """Names of the linear layers that all-linear leaves out: those that PEFT refuses, and routers of experts, which are
-    linear layers by their class alone: they return more than one tensor."""
-    refused = {"out_proj"} if model.config.model_type in MAMBA_LIKE else set()
-    linear = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_quantised(m.weight))
-    refused |= {name.rpartition(".")[2] for name, m in linear if type(m).forward is not nn.Linear.forward}
-    return sorted(refused) or None
-
-
 def check_targets(model: Any, targets: list[str]) -> None:
     """Raises UftError for every target that matches no linear layer of the model."""
     from transformers.pytorch_utils import Conv1D
@@ -583,10 +576,3 @@ def check_targets(model: Any, targets: list[str]) -> None:
         advice = (*did_you_mean(target, choices), "linear layers: " + ", ".join(choices))
         problems.append(Problem(f"model.lora.targets={target}", "no linear layer of this name", "", advice))
     raise_problems(problems)
-
-
-def check_saved(model: Any, names: list[str]) -> None:
-    """Raises UftError for every module to save that the model does not have, by its last name."""
-    found = {name.rpartition(".")[2] for name, _ in model.named_modules()} - {""}
-    key, why = "model.lora.modules_to_save", "no module of this name"
-    raise_problems([Problem(f"{key}={n}", why, "", did_you_mean(n, found)) for n in names if n not in found])

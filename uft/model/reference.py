@@ -264,14 +264,14 @@ class ReferenceColumn:
         with activity(self.phase):
             forward = self.forward()
             for start in range(0, len(files), group.size):  # a file each
-                found = group.map_shards(
+                made = group.map_shards(
                     files[start : start + group.size],
                     lambda share: [self._compute(forward, part, batch_tokens, should_stop) for part in share],
                 )
-                for number, values in enumerate(found):
+                for number, values in enumerate(made):
                     if values is not None:
                         self.store.add(values, write=group.is_rank0 if group.sharded else number == group.rank)
-                if None in found:
+                if None in made:
                     return False
                 progress(min((start + group.size) * most, len(keys)), len(keys))
         return True
@@ -283,15 +283,15 @@ class ReferenceColumn:
         keys, sequences = list(part), list(part.values())
         padded = self.layout is Layout.PADDED
         lengths = [len(ids) for ids, _ in sequences]
-        found: dict[bytes, np.ndarray] = {}
+        values: dict[bytes, np.ndarray] = {}
         for group in batches_of(lengths, batch_tokens) if padded else packs_of(sequences, batch_tokens):
             if should_stop():
                 return None
-            report_progress(len(found), len(keys), "completions")
+            report_progress(len(values), len(keys), "completions")
             batch = sequence_batch([sequences[at] for at in group], self.pad_id, self.layout).to(self.device)
             pieces = forward(batch).log_probs.float().cpu().split(batch.lengths.tolist())
-            found |= {keys[at]: self.value(piece) for at, piece in zip(group, pieces, strict=True)}
-        return found
+            values |= {keys[at]: self.value(piece) for at, piece in zip(group, pieces, strict=True)}
+        return values
 
 
 def _keyed(encoded: Iterable[Tokens]) -> dict[bytes, TokenSequence]:

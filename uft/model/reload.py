@@ -49,7 +49,7 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    found: dict[str, Any] = {"greedy": [], "rounded": [], "error": ""}
+    result: dict[str, Any] = {"greedy": [], "rounded": [], "error": ""}
     options = {"local_files_only": True, "trust_remote_code": request["trust_remote_code"]}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
     model.eval()
@@ -60,7 +60,7 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
         return log_probs[targets - 1, ids[0, targets]].tolist()
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        found["log_probs"] = [log_probs_of(row) for row in request["rows"]]
+        result["log_probs"] = [log_probs_of(row) for row in request["rows"]]
         eos = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig()  # its own, as a penalty of repetitions, would be laid under ours
         greedy = GenerationConfig(
@@ -70,13 +70,13 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
             for prompt in request["prompts"]:
                 ids = torch.tensor([prompt])
                 answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
-                found["greedy"].append(answer[0, len(prompt) :].tolist())
+                result["greedy"].append(answer[0, len(prompt) :].tolist())
         except Exception as error:  # of a model whose cache plain transformers cannot handle either
-            found["error"] = f"{type(error).__name__}: {error}"
+            result["error"] = f"{type(error).__name__}: {error}"
         if request["narrow"]:
             model.to(torch.bfloat16)
-            found["rounded"] = [log_probs_of(row) for row in request["rows"]]
-    return found
+            result["rounded"] = [log_probs_of(row) for row in request["rows"]]
+    return result
 
 
 def compare(
@@ -107,16 +107,16 @@ def compare(
         "narrow": narrow,
     }
     alone = policy.size >= OWN_PROCESS
-    found = ranks().on_rank0(lambda: _answered(folder, request, alone))
-    if found.get("broken"):
-        return f"transformers cannot load it: {found['broken']}", ""
-    if "log_probs" not in found:
-        return "", found["error"]
+    result = ranks().on_rank0(lambda: _answered(folder, request, alone))
+    if result.get("broken"):
+        return f"transformers cannot load it: {result['broken']}", ""
+    if "log_probs" not in result:
+        return "", result["error"]
     training = policy.module.training
     policy.eval()
     try:
         with _widened(policy):
-            return _difference(policy, rows, request["prompts"], found, narrow), found["error"]
+            return _difference(policy, rows, request["prompts"], result, narrow), result["error"]
     finally:
         policy.train(training)
 
@@ -144,15 +144,15 @@ def _widened(policy: Policy) -> Iterator[None]:
 
 @torch.no_grad()
 def _difference(
-    policy: Policy, rows: Sequence[Tokens], prompts: Sequence[list[int]], found: Mapping[str, Any], narrow: bool
+    policy: Policy, rows: Sequence[Tokens], prompts: Sequence[list[int]], result: Mapping[str, Any], narrow: bool
 ) -> str:
     from uft.model.policy import idle_adapters
 
-    pairs = zip(found["rounded"] or found["log_probs"], found["log_probs"], strict=True)
+    pairs = zip(result["rounded"] or result["log_probs"], result["log_probs"], strict=True)
     rounding = [_statistics(one, other) for one, other in pairs]
     limits = TOLERANCE["bfloat16" if narrow else "float32"]
     least = [ROUNDING * max(of_rows) for of_rows in zip(*rounding, strict=True)] or [0.0, 0.0]
-    for number, (row, theirs) in enumerate(zip(rows, found["log_probs"], strict=True), 1):
+    for number, (row, theirs) in enumerate(zip(rows, result["log_probs"], strict=True), 1):
         batch = _batch(policy, row.ids, row.supervised)
         ours = policy(batch).log_probs.tolist()
         apart, sizes = _statistics(ours, theirs), _statistics(ours, [0.0] * len(ours))
@@ -161,7 +161,7 @@ def _difference(
             why = f"log-probs of row {number} of {len(rows)} differ by up to {apart[0]:.2g}, {apart[1]:.2g} on average"
             idle = ", ".join(idle_adapters(policy, batch)[:3])
             return f"{why} (the model does not call layers that have an adapter: {idle})" if idle else why
-    answers_of = zip(prompts, found["greedy"], strict=False)
+    answers_of = zip(prompts, result["greedy"], strict=False)
     as_likely = AS_LIKELY * max(limits[0], least[0])
     return next(filter(None, (_other_answer(policy, *pair, as_likely) for pair in answers_of)), "")
 

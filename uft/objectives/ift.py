@@ -79,11 +79,6 @@ def normalized(batch: Batch, nll: Tensor, gamma: float) -> Tensor:
     return torch.where(vanishing[batch.sequence], 1.0, sums * scale[batch.sequence])
 
 
-def equation_21(batch: Batch, nll: Tensor, gamma: float) -> Tensor:
-    """Eq. 21: sum_n sum_{i>=n} l_i = sum_i i l_i, so w_i = i: late tokens weigh more; gamma has no part in it."""
-    return ordinal(batch).to(nll.dtype)
-
-
 def algorithm_1(batch: Batch, nll: Tensor, gamma: float) -> Tensor:
     """Algorithm 1: w_t = gamma^(N - t) sum_{i>=t} l_i."""
     left = (batch.lengths[batch.sequence] - ordinal(batch)).to(nll.dtype)
@@ -97,7 +92,8 @@ class Propagation(NamedTuple):
 
 PROPAGATION: dict[str, Propagation] = {
     "normalized": Propagation(normalized, True),
-    "eq21": Propagation(equation_21, False),
+    # sum_n sum_{i>=n} l_i = sum_i i l_i, so w_i = i: late tokens weigh more; gamma has no part in it
+    "eq21": Propagation(lambda batch, nll, gamma: ordinal(batch).to(nll.dtype), False),
     "alg1": Propagation(algorithm_1, False),
     "none": Propagation(lambda batch, nll, gamma: torch.ones_like(nll), True),  # eq. 20
 }

@@ -113,25 +113,15 @@ class Pairs(NamedTuple):
     certainty: Tensor  # 2p - 1; 1 where labels are hard
 
 
-def sigmoid(pairs: Pairs, o: Pairwise) -> Tensor:
-    """-log sigmoid(m), smoothed: a share e of the labels is taken to be the wrong way round."""
-    m = o.margin(pairs)
-    return (1 - o.label_smoothing) * softplus(-m) + o.label_smoothing * softplus(m)
+def smoothed(m: Tensor, e: float) -> Tensor:
+    """-log sigmoid(m); a share e of the labels is taken to be the wrong way round."""
+    return (1 - e) * softplus(-m) + e * softplus(m)
 
 
 def robust(pairs: Pairs, o: Pairwise) -> Tensor:
     """Unbiased under a share e of flipped labels: its expectation is DPO on clean ones. May be negative."""
     m, e = o.margin(pairs), o.label_smoothing
     return ((1 - e) * softplus(-m) - e * softplus(m)) / (1 - 2 * e)
-
-
-def hinge(pairs: Pairs, o: Pairwise) -> Tensor:
-    return torch.relu(1 - o.margin(pairs))
-
-
-def linear(pairs: Pairs, o: Pairwise) -> Tensor:
-    """-m: the bare gradient of inverse reinforcement learning, unbounded below."""
-    return -o.margin(pairs)
 
 
 def squared(pairs: Pairs, o: Pairwise) -> Tensor:
@@ -156,16 +146,6 @@ def nca(pairs: Pairs, o: Pairwise) -> Tensor:
     return softplus(-chosen) + 0.5 * softplus(chosen) + 0.5 * softplus(rejected)
 
 
-def apo_zero(pairs: Pairs, o: Pairwise) -> Tensor:
-    """The chosen side likelier than under the reference, the rejected one less likely, both bounded."""
-    return torch.sigmoid(-o.beta * pairs.chosen) + torch.sigmoid(o.beta * pairs.rejected)
-
-
-def apo_down(pairs: Pairs, o: Pairwise) -> Tensor:
-    """Both sides less likely than under the reference, the rejected one more so."""
-    return torch.sigmoid(o.beta * pairs.chosen) + torch.sigmoid(-o.margin(pairs))
-
-
 def sppo(pairs: Pairs, o: Pairwise) -> Tensor:
     """Self-play with hard labels: each log-ratio should be 1/(2 beta) above or below 0."""
     wanted = 1 / (2 * o.beta)
@@ -179,11 +159,6 @@ def exo(pairs: Pairs, o: Pairwise) -> Tensor:
     return ahead + torch.sigmoid(-m) * (-softplus(m) - math.log(e))
 
 
-def bco(pairs: Pairs, o: Pairwise) -> Tensor:
-    """A classifier of good and bad completions, each side by itself."""
-    return softplus(-o.beta * pairs.chosen) + softplus(o.beta * pairs.rejected)
-
-
 def discopop(pairs: Pairs, o: Pairwise) -> Tensor:
     """Logistic where m is negative, exponential where it is positive, blended by g = sigmoid(m / temperature)."""
     m = o.margin(pairs)
@@ -192,10 +167,26 @@ def discopop(pairs: Pairs, o: Pairwise) -> Tensor:
     return torch.sigmoid(-gate) * softplus(-m) + torch.exp(-softplus(-gate) - m)
 
 
+LINKS: dict[str, Callable[[Pairs, Pairwise], Tensor]] = {
+    "sigmoid": lambda pairs, o: smoothed(o.margin(pairs), o.label_smoothing),
+    "robust": robust,
+    "hinge": lambda pairs, o: torch.relu(1 - o.margin(pairs)),
+    "linear": lambda pairs, o: -o.margin(pairs),  # the bare gradient of inverse reinforcement learning, unbounded below
+    "squared": squared,
+    "ropo": ropo,
+    "nca": nca,
+    # the chosen side likelier than under the reference, the rejected one less likely, both bounded
+    "apo_zero": lambda pairs, o: torch.sigmoid(-o.beta * pairs.chosen) + torch.sigmoid(o.beta * pairs.rejected),
+    # both sides less likely than under the reference, the rejected one more so
+    "apo_down": lambda pairs, o: torch.sigmoid(o.beta * pairs.chosen) + torch.sigmoid(-o.margin(pairs)),
+    "sppo": sppo,
+    "exo": exo,
+    # a classifier of good and bad completions, each side by itself
+    "bco": lambda pairs, o: softplus(-o.beta * pairs.chosen) + softplus(o.beta * pairs.rejected),
+    "discopop": discopop,
+}
 BY_MARGIN = ("sigmoid", "robust", "hinge", "linear", "squared", "ropo", "exo", "discopop")
 """Links of the difference of both sides alone."""
-_LINKS = (sigmoid, robust, hinge, linear, squared, ropo, nca, apo_zero, apo_down, sppo, exo, bco, discopop)
-LINKS: dict[str, Callable[[Pairs, Pairwise], Tensor]] = {link.__name__: link for link in _LINKS}
 CAUTIONS = {
     "linear": "link=linear has no lower bound: the loss falls for as long as one trains; stop early",
     "apo_down": "link=apo_down makes chosen completions less likely too: for pairs whose chosen side is worse than "
@@ -391,18 +382,11 @@ SCORES: dict[str, Callable[[Batch, Tensor], Tensor]] = {
 """From log-probs (N,) to a score (S,)."""
 
 
-def compared(chosen: Tensor, rejected: Tensor, o: Contrastive) -> Tensor:
-    """-log sigmoid(m), smoothed, m = beta (s_w - s_l) - gamma."""
-    m = o.beta * (chosen - rejected) - o.gamma
-    return (1 - o.label_smoothing) * softplus(-m) + o.label_smoothing * softplus(m)
-
-
-def absolute(chosen: Tensor, rejected: Tensor, o: Contrastive) -> Tensor:
-    """Each side by itself: likely if chosen, unlikely if rejected. Which rejected stands with which chosen is alike."""
-    return softplus(-o.beta * chosen) + softplus(o.beta * rejected)
-
-
-CONTRASTS: dict[str, Callable[[Tensor, Tensor, Contrastive], Tensor]] = {"sigmoid": compared, "absolute": absolute}
+CONTRASTS: dict[str, Callable[[Tensor, Tensor, Contrastive], Tensor]] = {
+    "sigmoid": lambda chosen, rejected, o: smoothed(o.beta * (chosen - rejected) - o.gamma, o.label_smoothing),
+    # each side by itself: likely if chosen, unlikely if rejected; which rejected stands with which chosen is alike
+    "absolute": lambda chosen, rejected, o: softplus(-o.beta * chosen) + softplus(o.beta * rejected),
+}
 
 
 @dataclass(frozen=True)

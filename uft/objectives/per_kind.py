@@ -86,28 +86,28 @@ class PerKind(Objective):
 
     def problems(self) -> list[tuple[str, str]]:
         kinds = [kind.value for kind in ANSWERED]
-        found = [
+        problems = [
             ("weights", f"{n} is no kind of row; kinds: {', '.join(kinds)}") for n in self.weights if n not in kinds
         ]
-        found += [(f"weights.{n}", "must be at least 0") for n, weight in self.weights.items() if not weight >= 0]
-        found += [
+        problems += [(f"weights.{n}", "must be at least 0") for n, weight in self.weights.items() if not weight >= 0]
+        problems += [
             (f"{kind.value}", f"{part.name or part.method} cannot use rows of this kind")
             for kind, part in self.parts.items()
             if kind not in part.views
         ]
-        found += [
+        problems += [
             (f"{kind.value}", f"{part.name or part.method} matches pairs over the whole step, not those of one kind")
             for kind, part in self.parts.items()
             if part.needs.matched
         ]
         taught = [kind for kind, part in self.parts.items() if part.needs.teacher]
         anchored = [kind for kind, part in self.parts.items() if part.needs.reference and kind not in taught]
-        found += [
+        problems += [
             (f"{kind.value}", f"has a teacher, {anchored[0].value} a reference: one run compares with one other model")
             for kind in taught
             if anchored
         ]
-        return found + [
+        return problems + [
             (f"{kind.value}.{name}", why) for kind, part in self.parts.items() for name, why in part.problems()
         ]
 
@@ -135,9 +135,8 @@ class PerKind(Objective):
         if any(n.reference and not n.distributions for n in needs):  # once, for the columns of all
             column = terms.reference_log_probs(batch, reference)
             batch = replace(batch, columns={**batch.columns, "reference": column})
-        loss = {
-            "nll": Term(terms.nll_total(batch, terms.promote(scores.log_probs.detach())), terms.nll_count(batch), 0.0)
-        }
+        log_probs = terms.promote(scores.log_probs.detach())
+        loss = {"nll": Term(terms.nll_total(batch, log_probs), terms.nll_count(batch), 0.0)}
         for kind, own in self.shares(batch).items():
             seen = _Seen(policy, scores.log_probs[batch.targets_of(_rows(batch, kind))])
             kl_baseline = {name.removeprefix(f"{kind.value}."): mean for name, mean in context.kl_baseline.items()}

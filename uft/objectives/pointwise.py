@@ -18,17 +18,13 @@ from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, Te
 Tensor = torch.Tensor
 
 
-def squared_error(z: Tensor, target: Tensor) -> Tensor:
-    """(S,) (sigmoid(z) - r)^2 (UFT eq. 7; UNA eqs. 11-13, whose printed minus is a typo). Saturates at both ends."""
-    return (torch.sigmoid(z) - target) ** 2
-
-
-def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
-    """(S,) -r log sigmoid(z) - (1 - r) log sigmoid(-z), stable for any z; r may be soft."""
-    return target * softplus(-z) + (1 - target) * softplus(z)
-
-
-REGRESSION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": squared_error, "bce": cross_entropy}
+REGRESSION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # UFT eq. 7; UNA eqs. 11-13, whose printed minus is a typo; saturates at both ends
+    "mse": lambda z, target: (torch.sigmoid(z) - target) ** 2,
+    # -r log sigmoid(z) - (1 - r) log sigmoid(-z), stable for any z; r may be soft
+    "bce": lambda z, target: target * softplus(-z) + (1 - target) * softplus(z),
+}
+"""From z and an explicit reward r, (S,) each, to a loss (S,)."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +71,12 @@ class UFT(Objective):
         return f"every scored completion and every pair counts once; log-ratios are {joined} over tokens"
 
     def problems(self) -> list[tuple[str, str]]:
-        found = terms.sequences_only(self.reduction)
+        problems = terms.sequences_only(self.reduction)
         kinds = [kind.value for kind in Kind]
         unknown = [name for name in self.kind_weights if name not in kinds]
-        found += [("kind_weights", f"{name} is no kind of row; kinds: {', '.join(kinds)}") for name in unknown]
+        problems += [("kind_weights", f"{name} is no kind of row; kinds: {', '.join(kinds)}") for name in unknown]
         bad = {n: w for n, w in self.kind_weights.items() if not (w >= 0 and math.isfinite(w))}
-        return found + [("kind_weights", f"{name}: {weight} is not a weight") for name, weight in bad.items()]
+        return problems + [("kind_weights", f"{name}: {weight} is not a weight") for name, weight in bad.items()]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         scored, compared = self.scored(batch), self.compared(batch)

@@ -68,8 +68,10 @@ REDUCTIONS = {
 
 
 def selected(row: Row, visit: int, *, shown: str, gate: int) -> Selection:
-    """The sampled completions with their scores, and the demonstration as `shown` says."""
-    own = views.advantaged(row, visit)
+    """The sampled completions with their scores, and the demonstration as `shown` says. On which side an own one
+    stands, its advantage decides."""
+    places = [i for i, completion in enumerate(row.completions) if views.is_own(completion)]
+    own = tuple(Selected(i, Role.OWN, views.reward(row.completions[i])) for i in places)
     if shown == "none":
         return own
     demonstrations = tuple(Selected(i, Role.POSITIVE) for i in views.demonstrations(row))
@@ -153,16 +155,16 @@ class PolicyGradient(Objective):
         return REDUCTIONS[self.reduction] + (f" ({self.longest})" if self.reduction == "constant" else "")
 
     def problems(self) -> list[tuple[str, str]]:
-        found = []
+        problems = []
         if self.kl > 0 and self.kl_kind == "k1" and self.kl_in == "loss":
-            found.append(("kl_kind", "k1 in the loss has no effect but noise: its expected gradient is 0"))
+            problems.append(("kl_kind", "k1 in the loss has no effect but noise: its expected gradient is 0"))
         if self.longest is None and (self.reduction == "constant" or self.overlong):
-            found.append(("longest", "give the tokens of the longest allowed completion"))
+            problems.append(("longest", "give the tokens of the longest allowed completion"))
         if self.mix is not None and (unlike := self.mix.keys() ^ {"peak", "valley", "warm", "decay"}):
-            found.append(("mix", f"has the keys peak, valley, warm and decay, not {', '.join(sorted(unlike))}"))
+            problems.append(("mix", f"has the keys peak, valley, warm and decay, not {', '.join(sorted(unlike))}"))
         if self.mix is not None and self.shown == "none":
-            found.append(("mix", "weighs demonstrations, which shown=none leaves out"))
-        return found
+            problems.append(("mix", "weighs demonstrations, which shown=none leaves out"))
+        return problems
 
     def cautions(self) -> list[str]:
         if self.kl > 0 and (self.kl_in, self.kl_kind) == ("loss", "k3"):
@@ -178,13 +180,12 @@ class PolicyGradient(Objective):
             over = batch.lengths - (self.longest - self.overlong)
             scores = scores - torch.where(own, over.clamp(min=0) / self.overlong, 0.0)
         rows, row = batch.example.numel(), batch.row
-        highest, lowest = (
-            scores.new_full((rows,), sign * -math.inf).scatter_reduce_(
-                0, row, torch.where(members, scores, sign * -math.inf), f"a{name}"
-            )
-            for sign, name in ((1, "max"), (-1, "min"))
-        )
-        flat = (highest <= lowest)[row]
+
+        def extreme(least: float, reduce: str) -> Tensor:
+            inside = torch.where(members, scores, least)
+            return scores.new_full((rows,), least).scatter_reduce_(0, row, inside, reduce)
+
+        flat = (extreme(-math.inf, "amax") <= extreme(math.inf, "amin"))[row]
         shaped = scores if penalty is None else scores - penalty
 
         def summed(values: Tensor) -> Tensor:
@@ -210,10 +211,6 @@ class PolicyGradient(Objective):
         if reduction == "constant":
             return terms.units(batch, sequences) * float(self.longest or 1)
         return terms.reduced_count(batch, reduction, sequences)
-
-    def reduced(self, batch: Batch, values: Tensor, sequences: Tensor, reduction: str) -> Tensor:
-        """() sum of `values` (N,) over `sequences` (S,) bool, in those units."""
-        return terms.reduced_total(batch, values, "token" if reduction == "constant" else reduction, sequences)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         groups = self.groups(batch, torch.zeros_like(batch.target) if self.kl_in == "reward" else None)
@@ -258,7 +255,7 @@ class PolicyGradient(Objective):
 
         entropy = -log_probs.detach() if output.entropy is None else terms.promote(output.entropy)
         totals = {
-            "pg": self.reduced(batch, surrogate, groups.live, self.reduction),
+            "pg": terms.reduced_total(batch, surrogate, self.reduction, groups.live),
             "nll": terms.nll_total(batch, log_probs),
             "entropy": torch.where(own, entropy, 0.0).sum(),
             "ratio": mean_of(ratio),
@@ -271,10 +268,10 @@ class PolicyGradient(Objective):
             in_group = self.shown == "group"
             values = -weight * log_probs * (advantage if in_group else 1.0)
             reduction = self.reduction if in_group else self.shown_reduction
-            totals["shown"] = self.reduced(batch, values, groups.shown, reduction)
+            totals["shown"] = terms.reduced_total(batch, values, reduction, groups.shown)
         if self.kl > 0:
             divergence = KL[self.kl_kind](difference.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
-            totals["kl"] = self.reduced(batch, divergence, groups.own, self.reduction)
+            totals["kl"] = terms.reduced_total(batch, divergence, self.reduction, groups.own)
         mu = self.mixed(context.step)
         weights = {"pg": 1 - mu if self.mix else 1.0, "shown": self.shown_weight * (mu if self.mix else 1.0)}
         weights |= {"kl": self.kl} if self.kl > 0 and self.kl_in == "loss" else {}

@@ -70,9 +70,9 @@ def reduced_count(batch: Batch, reduction: str, sequences: Tensor) -> Tensor:
 
 def reduced_total(batch: Batch, values: Tensor, reduction: str, sequences: Tensor) -> Tensor:
     """() sum of `values` (N,) over the targets of `sequences` (S,) bool, or of their means over those sequences."""
-    if reduction == "token":
-        return torch.where(sequences[batch.sequence], values, 0.0).sum()
-    return torch.where(sequences, batch.mean(values), 0.0).sum()
+    if reduction == "sequence":
+        return torch.where(sequences, batch.mean(values), 0.0).sum()
+    return torch.where(sequences[batch.sequence], values, 0.0).sum()
 
 
 def discounted_sums(batch: Batch, values: Tensor, sequences: Tensor, whole: Tensor, discount: float) -> Tensor:

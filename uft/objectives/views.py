@@ -120,11 +120,6 @@ def likelihood(min_score: float) -> dict[Kind, View]:
     return {**dict.fromkeys(ANSWERED, partial(positives, min_score=min_score)), Kind.ROLLOUT: of_own(best_of_n)}
 
 
-def advantaged(row: Row, visit: int) -> Selection:
-    """Every sampled completion with its score; which side it stands on, its advantage decides."""
-    return tuple(Selected(i, Role.OWN, reward(one)) for i, one in enumerate(row.completions) if is_own(one))
-
-
 def against_own(row: Row, visit: int, *, negatives: int | None = None) -> Selection:
     """The demonstration, and the sampled completions as its negatives, whatever their scores."""
     unscored = tuple(replace(one, score=None) if is_own(one) else one for one in row.completions)

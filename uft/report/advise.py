@@ -92,42 +92,42 @@ def covered(
 
 def contrasts(rows: Sequence[Config], y: np.ndarray, i: int, j: int) -> list[float]:
     """f(11) - f(01) - f(10) + f(00) over all rectangles of levels of i and j that are complete, all else equal."""
-    table, found = dict(zip(rows, y.tolist(), strict=True)), []
+    table, values = dict(zip(rows, y.tolist(), strict=True)), []
     for row in table:
         for a, b in product(sorted({r[i] for r in rows}), sorted({r[j] for r in rows})):
             if a < row[i] and b < row[j]:
                 low_i, low_j = ((*row[:k], v, *row[k + 1 :]) for k, v in ((i, a), (j, b)))
                 both = (*low_i[:j], b, *low_i[j + 1 :])
                 if {low_i, low_j, both} <= table.keys():
-                    found.append(table[row] - table[low_i] - table[low_j] + table[both])
-    return found
+                    values.append(table[row] - table[low_i] - table[low_j] + table[both])
+    return values
 
 
 def edges(rows: Sequence[Config], y: np.ndarray, noise: float) -> list[tuple[int, int]]:
     """Pairs of factors whose contrasts exceed what four errors of size `noise` give, and those of which nothing is
     known."""
-    found = []
+    joined = []
     for i, j in combinations(range(len(rows[0])), 2):
         values = contrasts(rows, y, i, j)
         if not values or np.mean(np.square(values)) > EDGE**2 * 4 * noise**2:
-            found.append((i, j))
-    return found
+            joined.append((i, j))
+    return joined
 
 
 def maximal_cliques(factors: int, joined: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
     """By Bron and Kerbosch; factors are a handful."""
     near = {i: {b if a == i else a for a, b in joined if i in (a, b)} for i in range(factors)}
-    found = []
+    cliques = []
 
     def grow(chosen: tuple[int, ...], open_: set[int], closed: set[int]) -> None:
         if not open_ and not closed:
-            found.append(tuple(sorted(chosen)))
+            cliques.append(tuple(sorted(chosen)))
         for factor in sorted(open_):
             grow((*chosen, factor), open_ & near[factor], closed & near[factor])
             open_, closed = open_ - {factor}, closed | {factor}
 
     grow((), set(range(factors)), set())
-    return sorted(found)
+    return sorted(cliques)
 
 
 # --- the runs
@@ -167,8 +167,8 @@ def evidence(runs: Sequence[LoadedRun], question: Question) -> Evidence:
     if better is None:
         why = "neither more nor less of it is better by itself"
         problems.append(Problem(f"metric={chosen}", why, advice=("say which:  mode=max   mode=min",)))
-    found = grouping(finished)
-    values = [[finished[number].figures[metric] for number in group.runs] for group in found.groups]
+    grouped = grouping(finished)
+    values = [[finished[number].figures[metric] for number in group.runs] for group in grouped.groups]
     if len(values) < FEWEST:
         why = f"fewer than {FEWEST} tell too little of how settings act together"
         problems.append(Problem(plural(len(values), "configuration"), why, advice=("see  uft compare",)))
@@ -177,13 +177,13 @@ def evidence(runs: Sequence[LoadedRun], question: Question) -> Evidence:
     if finished and noise is None and question.noise is None:
         advice = ("repeat some of them:  seed=1,2,3   or say how large it is:  noise=0.02",)
         problems.append(Problem("one seed each", "how much a seed does is not known", advice=advice))
-    columns = [[group.config.get(axis.key, ABSENT) for group in found.groups] for axis in found.axes]
+    columns = [[group.config.get(axis.key, ABSENT) for group in grouped.groups] for axis in grouped.axes]
     levels = [sorted({hashable(value): value for value in column}.values(), key=rank) for column in columns]
     if math.prod(map(len, levels)) > MOST:
         why = f"more than {MOST:,} combinations of levels"
         problems.append(Problem(f"{math.prod(map(len, levels)):,}", why, advice=("compare fewer runs",)))
     raise_problems(problems, footer="Nothing is advised.")
-    factors = [axis.key for axis in found.axes]
+    factors = [axis.key for axis in grouped.axes]
     places = [{hashable(value): n for n, value in enumerate(of)} for of in levels]
     rows = [tuple(of[hashable(v)] for of, v in zip(places, row, strict=True)) for row in zip(*columns, strict=True)]
     varying = {key.removesuffix(".name") for key in factors} | set(factors)
@@ -200,12 +200,12 @@ def declared(text: str | None, factors: Sequence[str]) -> list[tuple[int, ...]]:
         return list(combinations(range(len(factors)), 2)) or [(0,)]
     named, problems = list[tuple[int, ...]](), list[Problem]()
     for clique in text.split(";"):
-        found = []
+        members = []
         for word in filter(None, map(str.strip, clique.split(","))):
             short = [n for n, key in enumerate(factors) if word in (key, key.removesuffix(".name"), key.split(".")[-1])]
             problems += [] if len(short) == 1 else [Problem(f"cliques: {word}", "is none of what varies")]
-            found += short[:1]
-        named.append(tuple(sorted(found)))
+            members += short[:1]
+        named.append(tuple(sorted(members)))
     raise_problems(problems, footer=f"What varies:  {', '.join(factors)}")
     return [*named, *((n,) for n in range(len(factors)) if not any(n in clique for clique in named))]
 

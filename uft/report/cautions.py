@@ -174,15 +174,15 @@ def not_finite(case: Case) -> Iterator[Caution]:
 
 def collapsed(case: Case) -> Iterator[Caution]:
     """Finished runs that said so themselves, while they trained and at their end, in the same words."""
-    found = dict[int, dict[str, str]]()
+    by_run = dict[int, dict[str, str]]()
     for number in case.finished:
         run = case.runs[number]
         lines = [{**numbers(line), "stage": line.get("stage")} for line in run.lines]
-        found[number] = collapses([*lines, run.final])
+        by_run[number] = collapses([*lines, run.final])
     for kind, what in COLLAPSES.items():
-        if members := tuple(number for number, notes in found.items() if kind in notes):
+        if members := tuple(number for number, notes in by_run.items() if kind in notes):
             names = [case.runs[number].name for number in members]
-            why = f"{names[0]}: {found[members[0]][kind]}."
+            why = f"{names[0]}: {by_run[members[0]][kind]}."
             yield Caution(f"{what} in {plural(len(members), 'run')}: {listed(names)}", why, members)
 
 
@@ -241,9 +241,9 @@ def code(case: Case) -> Iterator[Caution]:
 def machine(case: Case) -> Iterator[Caution]:
     """Versions of torch, and devices."""
     for fact, noun in (("torch", "versions of torch"), ("device", "kinds of device")):
-        if len(found := case.by_fact(fact)) > 1:
+        if len(groups := case.by_fact(fact)) > 1:
             yield Caution(
-                f"{len(found)} {noun}: {listed([str(value) for value in found])}",
+                f"{len(groups)} {noun}: {listed([str(value) for value in groups])}",
                 "Arithmetic differs a little between them, and speed and memory a lot.",
-                minority(found),
+                minority(groups),
             )

@@ -230,16 +230,16 @@ def curves(runs: Sequence[LoadedRun]) -> dict[str, dict[int, Curve]]:
 
     A metric that has one point in every run has no curve. Tokens and seconds that a line lacks are those before it.
     """
-    found = [points(run.lines) for run in runs]  # of each run
+    points_of = [points(run.lines) for run in runs]  # of each run
     longest: Counter[str] = Counter()
-    for of_run in found:
+    for of_run in points_of:
         longest |= Counter({name: len(values) for name, values in of_run.items()})
     main = {name: name in MAIN_CURVES or (name.startswith("eval/") and name.count("/") == 1) for name in longest}
-    lengths = [(main[name], len(values)) for of_run in found for name, values in of_run.items() if longest[name] > 1]
+    lengths = [(main[name], len(values)) for of in points_of for name, values in of.items() if longest[name] > 1]
     of_main, of_others = fitting(lengths)
     limits = {name: of_main if main[name] else of_others for name, length in longest.items() if length > 1}
     drawn: dict[str, dict[int, Curve]] = {name: {} for name, limit in limits.items() if limit}
-    for n, (run, of_run) in enumerate(zip(runs, found, strict=True)):
+    for n, (run, of_run) in enumerate(zip(runs, points_of, strict=True)):
         axes: dict[str, list[Any]] = {}
         for axis, start in (("step", None), ("tokens", None), ("seconds", 0)):
             last: float | None = start
@@ -254,12 +254,12 @@ def curves(runs: Sequence[LoadedRun]) -> dict[str, dict[int, Curve]]:
 
 def points(lines: Sequence[Line]) -> dict[str, list[tuple[int, float]]]:
     """By metric, (place of the line, value) of the lines that have it; axes and text are no metrics."""
-    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    by_metric: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for place, line in enumerate(lines):
         for name, value in numbers(line).items():
             if name not in AXES:
-                found[name].append((place, value))
-    return found
+                by_metric[name].append((place, value))
+    return by_metric
 
 
 def fitting(lengths: Sequence[tuple[bool, int]]) -> tuple[int, int]:
@@ -300,23 +300,23 @@ def samples(runs: Sequence[LoadedRun]) -> list[Object]:
         said = ", ".join(f"{name} {value:g}" for name, value in figures)
         return truncated(text(said), SHORTEST_SAMPLE) or None
 
-    found: dict[tuple[str, ...], list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
+    by_prompt: dict[tuple[str, ...], list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
     for n, run in enumerate(runs):
         for sample in run.samples:
-            found[tuple(text(sample.get(part)) for part in ("source", "row", "prompt"))].append((n, sample))
+            by_prompt[tuple(text(sample.get(part)) for part in ("source", "row", "prompt"))].append((n, sample))
     turns: Counter[str] = Counter()  # of each source
     turn: dict[tuple[str, ...], int] = {}
-    for key in sorted(found, key=lambda key: -len({n for n, _ in found[key]})):
+    for key in sorted(by_prompt, key=lambda key: -len({n for n, _ in by_prompt[key]})):
         turn[key] = turns[key[0]]
         turns[key[0]] += 1
     count = max(FEWEST_PROMPTS, min(PROMPTS, SAMPLE_BUDGET // (SHORTEST_SAMPLE * max(len(runs), 1))))
     keys = sorted(turn, key=turn.__getitem__)[:count]
-    answers = sum(len(found[key]) for key in keys)
+    answers = sum(len(by_prompt[key]) for key in keys)
     most = min(LONGEST_SAMPLE, max(SHORTEST_SAMPLE, SAMPLE_BUDGET // max(answers, 1)))
     records = []
     for key in keys:
         source, row, prompt = (truncated(part, most) for part in key)
-        wanted = next((sample["answer"] for _, sample in found[key] if sample.get("answer") is not None), None)
+        wanted = next((sample["answer"] for _, sample in by_prompt[key] if sample.get("answer") is not None), None)
         given = [
             {
                 "run": f"r{n}",
@@ -324,7 +324,7 @@ def samples(runs: Sequence[LoadedRun]) -> list[Object]:
                 "text": truncated(text(sample.get("reply")), most),
                 "verdict": verdict(sample.get("verdict")),
             }
-            for n, sample in found[key]
+            for n, sample in by_prompt[key]
         ]
         reference = None if wanted is None else truncated(text(wanted), most)
         records.append({"source": source, "row": row, "prompt": prompt, "reference": reference, "answers": given})

@@ -109,11 +109,11 @@ def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Groupi
 
 def by(numbers: Iterable[int], key: Callable[[int], Hashable]) -> dict[Hashable, list[int]]:
     """The numbers by their key; those whose key is None are left out."""
-    found: dict[Hashable, list[int]] = defaultdict(list)
+    grouped: dict[Hashable, list[int]] = defaultdict(list)
     for number in numbers:
         if (value := key(number)) is not None:
-            found[value].append(number)
-    return dict(found)
+            grouped[value].append(number)
+    return dict(grouped)
 
 
 def all_keys(tables: Iterable[Mapping[str, Any]]) -> dict[str, None]:
@@ -154,12 +154,13 @@ def fill_defaults(configs: Sequence[Flat]) -> None:
             agreed[config.get(OBJECTIVE_NAME), key][repr(config[key])] = config[key]
     keys = all_keys(configs)
     for config in configs:
+        sources = {key.removeprefix(SOURCES).partition(".")[0] for key in config if key.startswith(SOURCES)}
         for key in [key for key in keys if key not in config]:
             values = list(agreed[config.get(OBJECTIVE_NAME), key].values())
             source, _, leaf = key.removeprefix(SOURCES).partition(".")
-            if not key.startswith(SOURCES):
-                values += [defaults(Config)[key]] if key in defaults(Config) else []
-            elif leaf in defaults(Source) and any(other.startswith(f"{SOURCES}{source}.") for other in config):
+            if not key.startswith(SOURCES) and key in defaults(Config):
+                values.append(defaults(Config)[key])
+            elif key.startswith(SOURCES) and source in sources and leaf in defaults(Source):
                 values.append(defaults(Source)[leaf])  # a source that the run does not have has no keys either
             if len(values) == 1:
                 config[key] = values[0]
@@ -212,33 +213,35 @@ def swept(
         for key, equals, value in (word.lstrip("+~").partition("=") for word in runs[number].overrides):
             if equals:
                 typed[key][number] = value
-    found: dict[str, Column] = {}
+    axes: dict[str, Column] = {}
     for key, values in typed.items():
         if len(set(values.values())) < 2:
             continue
         name = next((name for name in (key, f"{key}.name") if name in varying), None)
         everywhere = "." not in key and key != "seed" and len(values) == len(numbers)
         if name is not None:
-            found[name] = varying[name]
+            axes[name] = varying[name]
         elif everywhere and all(len({values[number] for number in group}) == 1 for group in members):
-            found[key] = values
-    if (arm := found.get("arm")) is None:
-        return found
+            axes[key] = values
+    if (arm := axes.get("arm")) is None:
+        return axes
     arms = set(arm.values())  # what is the same in all runs of an arm is a setting of it
-    pairs = {key: {(arm[n], hashable(column.get(n, ABSENT))) for n in arm} for key, column in found.items()}
-    return {"arm": arm} | {key: column for key, column in found.items() if len(pairs[key]) > len(arms)}
+    pairs = {key: {(arm[n], hashable(column.get(n, ABSENT))) for n in arm} for key, column in axes.items()}
+    return {"arm": arm} | {key: column for key, column in axes.items() if len(pairs[key]) > len(arms)}
 
 
 def choose_axes(typed: Mapping[str, Column], varying: Mapping[str, Column], numbers: Sequence[int]) -> list[Axis]:
-    """The swept keys, then the varying keys that the names among the axes do not determine; no two that are equal."""
+    """The swept keys, then the varying keys that the names among the axes do not determine; no two that are equal.
+
+    Names are values that are no numbers. A key with one value tells only which runs have it: any axis may determine it.
+    """
     axes: dict[tuple[Hashable, ...], Axis] = {}  # by signature
-    names: list[tuple[Hashable, ...]] = [()] * len(numbers)  # of each run, its values of the axes that are no numbers
+    names: list[tuple[Hashable, ...]] = [()] * len(numbers)  # of each run, its values of the axes of names
     for key, column in {**typed, **varying}.items():
         signature = signature_of(column, numbers)
-        determined = len({*zip(names, signature, strict=True)}) == len({*names})
-        if len({*signature} - {ABSENT}) == 1:  # it tells only who has the key, which any axis may tell
-            known = list(zip(*axes, strict=True)) or names
-            determined = len({*zip(known, signature, strict=True)}) == len({*known})
+        has_one_value = len({*signature} - {ABSENT}) == 1
+        known = (list(zip(*axes, strict=True)) or names) if has_one_value else names
+        determined = len({*zip(known, signature, strict=True)}) == len({*known})  # runs alike in those are alike in it
         if signature in axes or (determined and key not in typed):
             continue
         axes[signature] = Axis(key, column)
@@ -254,14 +257,14 @@ def named(groups: Iterable[Group], axes: Sequence[Axis]) -> list[Group]:
     for axis, leaf in zip(axes, last, strict=True):
         choice = "." not in axis.key or (axis.key.count(".") == 1 and axis.key.endswith(".name"))
         labels[axis.key] = "" if choice else f"{leaf if last.count(leaf) == 1 else axis.key}="
-    found: dict[str, Group] = {}
+    by_name: dict[str, Group] = {}
     for group in sorted(groups, key=lambda group: [rank(group.config.get(axis.key)) for axis in axes]):
         parts = (f"{labels[key]}{truncated(as_typed(value), LONGEST_VALUE)}" for key, value in group.config.items())
         name = truncated(" ".join(filter(None, parts)) or group.objective or "all runs", LONGEST_NAME)
-        candidates = (name, *(f"{name} ({count})" for count in range(2, len(found) + 2)))
-        unique = next(text for text in candidates if text not in found)
-        found[unique] = replace(group, name=unique)
-    return list(found.values())
+        candidates = (name, *(f"{name} ({count})" for count in range(2, len(by_name) + 2)))
+        unique = next(text for text in candidates if text not in by_name)
+        by_name[unique] = replace(group, name=unique)
+    return list(by_name.values())
 
 
 def as_typed(value: Any) -> str:
@@ -286,15 +289,15 @@ def differences(runs: Sequence[LoadedRun], seed_keys: Sequence[str]) -> list[tup
     keys = [key for key in all_keys(configs.values()) if not key.startswith(RUN_KEYS) and not is_seed(key, seed_keys)]
     columns = [(key, {number: config.get(key, ABSENT) for number, config in configs.items()}) for key in keys]
     columns += [(key, {n: of.get(key, ABSENT) for n, of in facts.items()}) for key in all_keys(facts.values())]
-    found = []
+    differing = []
     for key, column in columns:
         values: dict[Hashable, list[int]] = defaultdict(list)
         for number, value in column.items():
             values[hashable(value)].append(number)
         if len(values) > 1:
             pairs = [(config_value(column[numbers[0]]), numbers) for numbers in values.values()]
-            found.append((key, sorted(pairs, key=lambda pair: rank(pair[0]))))
-    return found
+            differing.append((key, sorted(pairs, key=lambda pair: rank(pair[0]))))
+    return differing
 
 
 def baselines(groups: Sequence[Group], wanted: str | None) -> list[int]:
@@ -313,12 +316,12 @@ def baselines(groups: Sequence[Group], wanted: str | None) -> list[int]:
         return any(as_typed(group.config[axis]) == value for axis in keys)
 
     words = [word.partition("=") for word in wanted.split()]
-    found = [
+    chosen = [
         number
         for number, group in enumerate(groups)
         if wanted == group.name or (words and all(equals and has(group, key, value) for key, equals, value in words))
     ]
-    if not found:
+    if not chosen:
         footer = f"There are:  {listed([group.name for group in groups], 30)}"
         raise UftError(Problem(f"--baseline {wanted}", "no configuration has that name"), footer=footer)
-    return found
+    return chosen

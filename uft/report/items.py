@@ -47,7 +47,11 @@ def rows_between(runs: Sequence[LoadedRun], grouping: Grouping, metric: str, a: 
     sides = [by_seed(runs, grouping, group) for group in (a, b)]
     seeds = [seed for seed in sides[0] if seed in sides[1]]
     columns = [[column_of(side[seed].items, metric) for seed in seeds] for side in sides]
-    keys = [key for key in columns[0][0] if same_count(key, [*columns[0], *columns[1]])] if seeds else []
+    keys = []
+    for key in columns[0][0] if seeds else ():
+        of_runs = {column.get(key, (0.0, math.nan))[1] for side in columns for column in side}
+        if len(of_runs) == 1 and min(of_runs) > 0:
+            keys.append(key)
     if len(keys) < 2:
         return None
     sums = np.array([[[column[key][0] for key in keys] for column in side] for side in columns])  # (2, S, R)
@@ -56,9 +60,9 @@ def rows_between(runs: Sequence[LoadedRun], grouping: Grouping, metric: str, a: 
         return None
     verdicts = bool(np.isin(sums, (0.0, 1.0)).all() and (counts == 1).all())
     lost = [f"{side[seed].name}: {note}" for side in sides for seed in seeds for note in side[seed].items_read[1]]
-    found = replace(over_rows((sums[0] - sums[1]) / counts.mean(), verdicts), lost=lost)
+    evidence = replace(over_rows((sums[0] - sums[1]) / counts.mean(), verdicts), lost=lost)
     if not verdicts:
-        return found
+        return evidence
     most = sums.mean(1) > 0.5  # (2, R): right on most seeds
     better, worse = most[0] & ~most[1], most[1] & ~most[0]
     listed = [*np.flatnonzero(better), *np.flatnonzero(worse)][:FLIPPED]
@@ -68,16 +72,16 @@ def rows_between(runs: Sequence[LoadedRun], grouping: Grouping, metric: str, a: 
         sign = 1 if better[at] else -1
         seed = int((sign * (sums[0, :, at] - sums[1, :, at])).argmax())  # one at which it did flip
         flipped.append(flip(keys[at], "a" if sign > 0 else "b", [side[seed][keys[at]] for side in answers]))
-    return replace(found, better=int(better.sum()), worse=int(worse.sum()), flipped=flipped)
+    return replace(evidence, better=int(better.sum()), worse=int(worse.sum()), flipped=flipped)
 
 
 def by_seed(runs: Sequence[LoadedRun], grouping: Grouping, group: int) -> dict[Any, LoadedRun]:
     """The first finished run of every seed of a group."""
-    found: dict[Any, LoadedRun] = {}
+    first: dict[Any, LoadedRun] = {}
     for number in grouping.groups[group].runs:
         if runs[number].finished:
-            found.setdefault(grouping.seeds.get(number), runs[number])
-    return found
+            first.setdefault(grouping.seeds.get(number), runs[number])
+    return first
 
 
 def key_of(item: Mapping[str, Any]) -> RowKey:
@@ -87,18 +91,13 @@ def key_of(item: Mapping[str, Any]) -> RowKey:
 def column_of(items: Iterable[Mapping[str, Any]], metric: str) -> Column:
     """A metric by row: `eval/NAME` of all rows, `eval/SOURCE/NAME` of those of a source."""
     source, _, name = metric.removeprefix("eval/").rpartition("/")
-    found = {}
+    column = {}
     for item in items if metric.startswith("eval/") else ():
         measures = item.get("measures")
         pair = measures.get(name) if isinstance(measures, dict) else None
         if source in ("", item.get("source")) and isinstance(pair, list) and len(pair) == 2:
-            found[key_of(item)] = (float(pair[0]), float(pair[1]))
-    return found
-
-
-def same_count(key: RowKey, columns: Sequence[Column]) -> bool:
-    counts = {column[key][1] if key in column else math.nan for column in columns}
-    return len(counts) == 1 and min(counts) > 0
+            column[key_of(item)] = (float(pair[0]), float(pair[1]))
+    return column
 
 
 def flip(key: RowKey, right: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -121,14 +120,14 @@ def over_rows(differences: np.ndarray, verdicts: bool) -> RowEvidence:
 
     seeds, rows = differences.shape
     mean = float(differences.mean())
-    found: dict[str, Any] = {"rows": rows, "seeds": seeds, "difference": mean}
+    known: dict[str, Any] = {"rows": rows, "seeds": seeds, "difference": mean}
     of_rows = differences.mean(0)
     row_part = float(of_rows.var(ddof=1)) / rows
     if seeds == 1:
         if verdicts:
             wins, losses = int((of_rows > 0).sum()), int((of_rows < 0).sum())
             p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-            return RowEvidence(**found, p=p, method="McNemar")
+            return RowEvidence(**known, p=p, method="McNemar")
         parts, method = [(row_part, rows - 1.0)], "paired t over rows"
     else:
         of_seeds = differences.mean(1)
@@ -140,7 +139,7 @@ def over_rows(differences: np.ndarray, verdicts: bool) -> RowEvidence:
         parts, method = [(total, freedom), (seed_part, seeds - 1.0)], "rows and seeds"
     parts = [(variance, freedom) for variance, freedom in parts if variance > 0]
     if not parts:
-        return RowEvidence(**found, method="the same on every row")
+        return RowEvidence(**known, method="the same on every row")
     half = max(float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance) for variance, freedom in parts)
     p = max(2 * float(t.sf(abs(mean) / math.sqrt(variance), freedom)) for variance, freedom in parts)
-    return RowEvidence(**found, low=mean - half, high=mean + half, p=p, method=method)
+    return RowEvidence(**known, low=mean - half, high=mean + half, p=p, method=method)

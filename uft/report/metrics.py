@@ -173,11 +173,11 @@ def headlines(
     of_evals = [name for name in known if name.startswith(EVALS) and name.count("/") == 2 and last_part(name) != "kl"]
     shared = [name for name in of_evals if len(runs) == 1 or sum(name in run.evals for run in runs) > 1]
     order += [Headline(name, str(direction(name))) for name in shared]
-    found: dict[str, Headline] = {}
+    by_metric: dict[str, Headline] = {}
     for headline in order:
         if headline.metric in known and headline.direction in ("min", "max"):
-            found.setdefault(headline.metric, headline)
-    return list(found.values())
+            by_metric.setdefault(headline.metric, headline)
+    return list(by_metric.values())
 
 
 # --- Numbers and lists in sentences, and values as JSON takes them.

@@ -59,7 +59,7 @@ def select(words: Sequence[str]) -> Selection:
     if not words:
         return as_selection(newest_runs())
     problems: list[Problem] = []
-    found: dict[Path, Path] = {}
+    chosen: dict[Path, Path] = {}
     for word in words:
         folder = named_folder(word)
         matches = [folder] if folder.is_dir() else [Path(path) for path in sorted(glob.glob(word, recursive=True))]
@@ -67,9 +67,9 @@ def select(words: Sequence[str]) -> Selection:
         if not runs:
             problems += no_runs(Path(word)).problems
         for run in runs:
-            found.setdefault(run.resolve(), run)
+            chosen.setdefault(run.resolve(), run)
     raise_problems(problems, footer="See the runs here:  uft ls")
-    return as_selection(found.values())
+    return as_selection(chosen.values())
 
 
 def as_selection(runs: Iterable[Path]) -> Selection:
@@ -80,13 +80,13 @@ def as_selection(runs: Iterable[Path]) -> Selection:
 
 def runs_below(root: Path) -> list[Path]:
     """Run folders at or below `root`, by path; also those that lack a file or two. Does not descend into runs."""
-    found: list[Path] = []
+    runs: list[Path] = []
     for folder, children, files in os.walk(root):
         if len(RUN_FILES.intersection(files)) > 1:
-            found.append(Path(folder))
+            runs.append(Path(folder))
             children.clear()
         children.sort()
-    return found
+    return runs
 
 
 def newest_runs() -> list[Path]:
@@ -211,7 +211,7 @@ def read_evals(folder: Path) -> dict[str, tuple[float, str]]:
 
     The text beside a value has everything that it can be compared by.
     """
-    found: dict[str, tuple[float, str]] = {}
+    evals: dict[str, tuple[float, str]] = {}
     files = [(read_object(file), file) for file in folder.glob("*.json")]
     for content, file in sorted(files, key=lambda pair: str(pair[0]["made"])):
         about = {key: value for key, value in content.items() if key not in OF_ONE_EVAL}
@@ -220,8 +220,8 @@ def read_evals(folder: Path) -> dict[str, tuple[float, str]]:
             stem = f"{file.stem}/" if name.startswith("eval/") else ""
             value = number(figure["value"])
             if value is not None:
-                found[f"{EVALS}{stem}{name.removeprefix('eval/')}"] = value, json.dumps(about | own, sort_keys=True)
-    return found
+                evals[f"{EVALS}{stem}{name.removeprefix('eval/')}"] = value, json.dumps(about | own, sort_keys=True)
+    return evals
 
 
 def reason(error: Exception) -> str:
@@ -248,11 +248,11 @@ def read_object(path: Path, absent: bool = False) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration by dotted key, without empty dicts."""
-    found = yaml.load(yaml_text(path), YamlLoader)
-    if not isinstance(found, dict):
+    config = yaml.load(yaml_text(path), YamlLoader)
+    if not isinstance(config, dict):
         raise ValueError("is not a configuration")
-    bounded(found)
-    return {key: value for key, value in flat(found) if value != {}}
+    bounded(config)
+    return {key: value for key, value in flat(config) if value != {}}
 
 
 def number(value: Any) -> float | None:
@@ -295,16 +295,16 @@ def read_lines(path: Path, notes: list[str], ended: bool = False) -> tuple[Line,
 
 def read_last(path: Path, notes: list[str], ended: bool = False) -> tuple[Mapping[str, Any], ...]:
     """The objects of samples.jsonl or items.jsonl of the last step that has some; lines are in order of steps."""
-    found: list[Mapping[str, Any]] = []
+    objects: list[Mapping[str, Any]] = []
     for text in reversed(checked_lines(path, notes, ended).lines):
         try:
             one = json.loads(text)
-            if operator.index(one["step"]) < operator.index(found[0]["step"] if found else one["step"]):
+            if operator.index(one["step"]) < operator.index(objects[0]["step"] if objects else one["step"]):
                 break
-            found.append(one)
+            objects.append(one)
         except BROKEN:
             continue
-    return tuple(reversed(found))
+    return tuple(reversed(objects))
 
 
 def checked_lines(path: Path, notes: list[str], ended: bool) -> metrics.Checked:
@@ -312,6 +312,9 @@ def checked_lines(path: Path, notes: list[str], ended: bool) -> metrics.Checked:
     if not path.is_file():
         return metrics.Checked([], [])
     checked = metrics.check(path)
-    if damaged := sorted({*checked.damaged, *(checked.uncertain if ended else ())}):
-        notes.append(metrics.describe_damage(path.name, damaged))
+    lost = {*checked.damaged}
+    if ended:  # no process died there
+        lost |= {*checked.unlisted, *(checked.pending or ())[:1]}
+    if lost:
+        notes.append(metrics.describe_damage(path.name, lost))
     return checked

@@ -79,19 +79,12 @@ def flips(comparison: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, A
     for finding in comparison["summary"]:
         for one in finding["comparisons"]:
             if one["rows"] and one["rows"]["flipped"]:
-                sides = (names[one["a"]], names[one["b"]])
-                title = f"{finding['metric']}: prompts that flipped between {sides[0]} and {sides[1]}"
-                yield (
-                    title,
-                    [
-                        {
-                            **flip,
-                            "answers": [*zip(sides, (flip["a"], flip["b"]), strict=True)],
-                            "right": names[one[flip["right"]]],
-                        }
-                        for flip in one["rows"]["flipped"]
-                    ],
-                )
+                a, b = names[one["a"]], names[one["b"]]
+                flipped = [
+                    {**flip, "answers": [(a, flip["a"]), (b, flip["b"])], "right": names[one[flip["right"]]]}
+                    for flip in one["rows"]["flipped"]
+                ]
+                yield f"{finding['metric']}: prompts that flipped between {a} and {b}", flipped
 
 
 def standing(comparison: Mapping[str, Any], waiting: int, width: int) -> Group:
@@ -113,7 +106,7 @@ def parts_of_table(comparison: Mapping[str, Any], width: int) -> list[Table | Te
     if not comparison["groups"]:
         return []
     alone = len(comparison["groups"]) == 1
-    having = Counter(metric for group in comparison["groups"] for metric, found in group["metrics"].items() if found)
+    having = Counter(metric for group in comparison["groups"] for metric, spread in group["metrics"].items() if spread)
     leading = {one["metric"]: one["leading"] if having[one["metric"]] > 1 else [] for one in comparison["summary"]}
     finished = {run["id"] for run in comparison["runs"] if run["status"] == "finished"}
     groups = ranked(comparison)[:ROWS]
@@ -132,8 +125,8 @@ def parts_of_table(comparison: Mapping[str, Any], width: int) -> list[Table | Te
         metric = head["metric"]
         title = f"{one_line(metric.removeprefix('eval/'))} {ARROWS[head['direction']]}"
         of = {group["id"]: group["metrics"].get(metric) for group in groups}
-        digits = places(found["mean"] for found in of.values() if found)
-        cells = [cell(found, digits, name in leading.get(metric, ())) for name, found in of.items()]
+        digits = places(spread["mean"] for spread in of.values() if spread)
+        cells = [cell(spread, digits, name in leading.get(metric, ())) for name, spread in of.items()]
         room -= max(len(title), *map(len, cells)) + 2
         if room < 0 and len(columns) > 2:
             break
@@ -239,21 +232,21 @@ def measured(comparison: Mapping[str, Any], groups: Sequence[Mapping[str, Any]])
         for head in comparison["headline"]
     }
     for group, head in product(groups, comparison["headline"]):
-        finding, found = findings.get(head["metric"]), group["metrics"].get(head["metric"])
-        if finding is None or found is None:
+        finding, spread = findings.get(head["metric"]), group["metrics"].get(head["metric"])
+        if finding is None or spread is None:
             continue
         best = finding["best"] == group["id"]
         inside_noise = {one["b"]: one["inside_noise"] for one in finding["comparisons"]}.get(finding["runner_up"])
         own = [seeds[run] for run in group["runs"] if run in seeds]
         mean, low, high = (
-            None if found[name] is None else fixed(found[name], digits[head["metric"]])
+            None if spread[name] is None else fixed(spread[name], digits[head["metric"]])
             for name in ("mean", "low", "high")
         )
         compared = (one for one in finding["against_baseline"] if one["group"] == group["id"])
         against: Mapping[str, Any] = next(compared, {})
         lines.append(
             {
-                **{"configuration": one_line(group["name"]), **head, **found, "seeds": " ".join(own)},
+                **{"configuration": one_line(group["name"]), **head, **spread, "seeds": " ".join(own)},
                 **{"baseline": group["baseline"], "best": best, **group["config"], "id": group["id"]},
                 **{name: against.get(key) for name, key in OF_DIFFERENCE.items()},
                 "cell": mean if low is None else f"{mean} [{low}, {high}]",

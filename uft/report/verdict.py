@@ -43,13 +43,13 @@ Figures = Sequence[Mapping[str, Mapping[Hashable, float]]]
 def figures_of(runs: Sequence[LoadedRun], grouping: Grouping) -> Figures:
     table = []
     for group in grouping.groups:
-        found: dict[str, dict[Hashable, list[float]]] = defaultdict(lambda: defaultdict(list))
+        by_metric: dict[str, dict[Hashable, list[float]]] = defaultdict(lambda: defaultdict(list))
         for number in group.runs:
             seed = grouping.seeds.get(number)
             key = ("run", number) if seed is None else seed  # a run without a seed is a draw of its own
             for metric, value in runs[number].figures.items() if runs[number].finished else ():
-                found[metric][key].append(value)
-        table.append({name: {seed: mean_of(v) for seed, v in seeds.items()} for name, seeds in found.items()})
+                by_metric[metric][key].append(value)
+        table.append({name: {seed: mean_of(v) for seed, v in seeds.items()} for name, seeds in by_metric.items()})
     return table
 
 
@@ -86,19 +86,19 @@ def judge(
             roles[group].append(role)
     others = dict.fromkeys([*roles, *behind])
     values = {group: figures[group][metric] for group in ranked}
-    found = adjusted({b: difference_of(values[best], values[b], bootstrap=b in roles) for b in others})
-    found |= {b: replace(found[b], rows=by_row(metric, best, b)) for b in roles}
+    differences = adjusted({b: difference_of(values[best], values[b], bootstrap=b in roles) for b in others})
+    differences |= {b: replace(differences[b], rows=by_row(metric, best, b)) for b in roles}
 
     equal = [group for group in behind if spreads[group].mean == spreads[best].mean]
-    beyond_noise = bool(behind) and all(each.inside_noise is False for each in found.values())
+    beyond_noise = bool(behind) and all(each.inside_noise is False for each in differences.values())
     verb = "is best with" if beyond_noise else "has the best mean," if behind else "has"
     if equal:
         verb = f"has the same mean as {listed([names[group] for group in equal])},"
     words = [f"{'None is best alone: ' if equal else ''}{names[best]} {verb} {with_interval(spreads[best])}."]
-    tests = sum(difference.p is not None for difference in found.values())
+    tests = sum(difference.p is not None for difference in differences.values())
     for b in (b for b in others if b in roles):
-        words.append(lead(found[b], sign, f"{' and '.join(roles[b])}, {names[b]}", tests))
-        words += [*of_power(found[b]), *of_rows(found[b].rows, sign, names[b])]
+        words.append(lead(differences[b], sign, f"{' and '.join(roles[b])}, {names[b]}", tests))
+        words += [*of_power(differences[b]), *of_rows(differences[b].rows, sign, names[b])]
     if baseline == best and len(names) > 1:
         words.append(f"This is {the_baseline}.")
     if len(others) > 1:
@@ -106,7 +106,7 @@ def judge(
     words += [ALONE] if len(names) == 1 else []
     words += left_out(names, spreads, ranked)
     places = {"best": best, "runner_up": runner_up, "baseline": baseline}
-    level = [b for b in behind if found[b].inside_noise or b in equal]
+    level = [b for b in behind if differences[b].inside_noise or b in equal]
     record = {
         "metric": metric,
         "direction": headline.direction,
@@ -114,7 +114,7 @@ def judge(
         **{role: None if group is None else f"g{group}" for role, group in places.items()},
         "leading": [f"g{group}" for group in (best, *level)],
         "beyond_noise": beyond_noise,
-        "comparisons": [{"a": f"g{best}", "b": f"g{other}", **asdict(each)} for other, each in found.items()],
+        "comparisons": [{"a": f"g{best}", "b": f"g{other}", **asdict(each)} for other, each in differences.items()],
         "against_baseline": [] if baseline is None else against(baseline, values),
     }
     return jsonable(record)
@@ -140,67 +140,68 @@ def against(baseline: int, values: Mapping[int, Mapping[Hashable, float]]) -> li
     ]
 
 
-def with_interval(found: Spread) -> str:
+def with_interval(spread: Spread) -> str:
     """`0.81 (95 % interval 0.79 to 0.83, 3 seeds)`"""
-    seeds = plural(found.n, "seed")
-    if found.low is not None and found.high is not None:
-        return f"{found.mean:.4g} (95 % interval {found.low:.4g} to {found.high:.4g}, {seeds})"
-    return f"{found.mean:.4g} ({seeds}{', all the same' if found.n > 1 else ''})"
+    seeds = plural(spread.n, "seed")
+    if spread.low is not None and spread.high is not None:
+        return f"{spread.mean:.4g} (95 % interval {spread.low:.4g} to {spread.high:.4g}, {seeds})"
+    return f"{spread.mean:.4g} ({seeds}{', all the same' if spread.n > 1 else ''})"
 
 
-def lead(found: Difference, sign: int, other: str, tests: int) -> str:
+def lead(gap: Difference, sign: int, other: str, tests: int) -> str:
     """The sentence on how far the best is ahead of `other`, and whether that is more than noise."""
     noise = {True: "inside seed noise", False: "more than seed noise", None: "its noise cannot be measured"}
-    noise_text = UNKNOWN_NOISE.get(found.method, noise[found.inside_noise])
-    if found.method == "identical":
+    noise_text = UNKNOWN_NOISE.get(gap.method, noise[gap.inside_noise])
+    if gap.method == "identical":
         return f"It equals {other}, on every seed: {noise_text}."
-    facing = sign if sign * found.difference > 0 else -sign
+    facing = sign if sign * gap.difference > 0 else -sign
     way = "ahead of" if facing == sign else "behind"
-    text = f"It is {abs(found.difference):.4g} {way} {other}" if found.difference else f"Its mean is that of {other}"
-    if found.low is None or found.high is None or found.p is None:
+    text = f"It is {abs(gap.difference):.4g} {way} {other}" if gap.difference else f"Its mean is that of {other}"
+    if gap.low is None or gap.high is None or gap.p is None:
         return f"{text}: {noise_text}."
-    low, high = sorted((facing * found.low, facing * found.high))
-    p = f"p {probability(found.p)}"
-    if tests > 1 and found.p_adjusted is not None:
-        p += f", {probability(found.p_adjusted).removeprefix('= ')} after Holm's adjustment for {tests} comparisons"
-    if found.bootstrap is not None:
-        excludes, t_excludes = (not low <= 0 <= high for low, high in (found.bootstrap, (found.low, found.high)))
+    low, high = sorted((facing * gap.low, facing * gap.high))
+    p = f"p {probability(gap.p)}"
+    if tests > 1 and gap.p_adjusted is not None:
+        p += f", {probability(gap.p_adjusted).removeprefix('= ')} after Holm's adjustment for {tests} comparisons"
+    if gap.bootstrap is not None:
+        excludes, t_excludes = (not low <= 0 <= high for low, high in (gap.bootstrap, (gap.low, gap.high)))
         disagrees = f"disagrees: its interval {'excludes' if excludes else 'includes'} zero"
         p += f"; a bootstrap {'agrees' if excludes == t_excludes else disagrees}"
-    return f"{text} (95 % interval {low:.4g} to {high:.4g}, {found.method}, {p}): {noise_text}."
+    return f"{text} (95 % interval {low:.4g} to {high:.4g}, {gap.method}, {p}): {noise_text}."
 
 
-def of_power(found: Difference) -> Iterator[str]:
+def of_power(gap: Difference) -> Iterator[str]:
     """What these seeds could have shown, where they showed nothing."""
-    if not found.inside_noise or found.detectable is None:
+    if not gap.inside_noise or gap.detectable is None:
         return
-    enough = f"more than {MOST_SEEDS}" if found.seeds_needed is None else f"about {found.seeds_needed}"
+    enough = f"more than {MOST_SEEDS}" if gap.seeds_needed is None else f"about {gap.seeds_needed}"
     yield (
-        f"A difference of {found.detectable:.2g} would have been seen in four cases of five;"
+        f"A difference of {gap.detectable:.2g} would have been seen in four cases of five;"
         f" one of this size takes {enough} seeds."
     )
 
 
-def of_rows(found: RowEvidence | None, sign: int, other: str) -> Iterator[str]:
+def of_rows(evidence: RowEvidence | None, sign: int, other: str) -> Iterator[str]:
     """The sentences on the same rows under both, and the prompts that flipped."""
-    if found is None or found.p is None:
+    if evidence is None or evidence.p is None:
         return
-    yield from (f"{note}." for note in found.lost)
-    noise = f"{'inside' if found.p >= ALPHA else 'more than'} the noise of the rows"
-    flips = f"right on {found.better} that {other} has wrong, wrong on {found.worse} that {other} has right"
-    if found.method == "McNemar":
-        yield f"On the same {found.rows} rows it is {flips} (McNemar, p {probability(found.p)}): {noise}, for one seed."
+    yield from (f"{note}." for note in evidence.lost)
+    noise = f"{'inside' if evidence.p >= ALPHA else 'more than'} the noise of the rows"
+    flips = f"right on {evidence.better} that {other} has wrong, wrong on {evidence.worse} that {other} has right"
+    if evidence.method == "McNemar":
+        p = probability(evidence.p)
+        yield f"On the same {evidence.rows} rows it is {flips} (McNemar, p {p}): {noise}, for one seed."
         return
-    facing = sign if sign * found.difference > 0 else -sign
-    low, high = sorted((facing * (found.low or 0.0), facing * (found.high or 0.0)))
-    interval = f"95 % interval {low:.4g} to {high:.4g}, p {probability(found.p)}"
-    if found.seeds == 1:
+    facing = sign if sign * evidence.difference > 0 else -sign
+    low, high = sorted((facing * (evidence.low or 0.0), facing * (evidence.high or 0.0)))
+    interval = f"95 % interval {low:.4g} to {high:.4g}, p {probability(evidence.p)}"
+    if evidence.seeds == 1:
         way = "ahead" if facing == sign else "behind"
-        ahead = f"{abs(found.difference):.4g} {way}"
-        yield f"On the same {found.rows} rows it is {ahead} ({interval}): {noise}, for one seed."
+        ahead = f"{abs(evidence.difference):.4g} {way}"
+        yield f"On the same {evidence.rows} rows it is {ahead} ({interval}): {noise}, for one seed."
         return
-    yield f"With the choice of the {found.rows} rows counted too: {interval}."
-    if found.better is not None:
+    yield f"With the choice of the {evidence.rows} rows counted too: {interval}."
+    if evidence.better is not None:
         yield f"On most seeds it is {flips}."
 
 
@@ -292,28 +293,28 @@ def difference_of(a: Mapping[Hashable, float], b: Mapping[Hashable, float], *, b
     with np.errstate(all="ignore"):
         mean = float(difference(*samples))
     n = min(map(len, samples))
-    found = Difference(difference=mean, n=n, paired=paired, method=method)
+    known = Difference(difference=mean, n=n, paired=paired, method=method)
     if n < 2:
-        return replace(found, method="one seed")
+        return replace(known, method="one seed")
     noise = max(map(deviation, samples))
     arithmetic = ROUNDING * max(abs(value) for side in (a, b) for value in side.values())
     if noise <= arithmetic and abs(mean) <= arithmetic:
-        return replace(found, difference=0.0, method="identical", low=0.0, high=0.0, p=1.0)
+        return replace(known, difference=0.0, method="identical", low=0.0, high=0.0, p=1.0)
     if noise <= arithmetic:
-        return replace(found, method="the same on every seed")
+        return replace(known, method="the same on every seed")
     if not math.isfinite(noise):
-        return found
+        return known
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of samples that hardly vary: their interval is as narrow, or nan
         test = ttest_1samp(samples[0], 0.0) if paired else ttest_ind(*samples, equal_var=False)
         low, high = test.confidence_interval(LEVEL)
-        found = replace(found, low=float(low), high=float(high), p=float(test.pvalue))
-        found = replace(found, **power(mean, [deviation(sample) for sample in samples], [*map(len, samples)], test.df))
+        known = replace(known, low=float(low), high=float(high), p=float(test.pvalue))
+        known = replace(known, **power(mean, [deviation(sample) for sample in samples], [*map(len, samples)], test.df))
         if not bootstrap or n < BOOTSTRAP_FROM:
-            return found
+            return known
         settings = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "rng": np.random.default_rng(0)}
         low, high = resample(samples, difference, **settings).confidence_interval
-    return replace(found, bootstrap=(float(low), float(high))) if np.isfinite([low, high]).all() else found
+    return replace(known, bootstrap=(float(low), float(high))) if np.isfinite([low, high]).all() else known
 
 
 def power(mean: float, deviations: Sequence[float], counts: Sequence[int], freedom: float) -> dict[str, Any]:

@@ -146,10 +146,8 @@ def sections_of(comparison: Object) -> list[Any]:
     axes, heads = config_axes(comparison), [head["metric"] for head in comparison["headline"]]
     curves = [metric["name"] for metric in comparison["metrics"] if metric["curve"] and metric["name"] in CURVES]
 
-    def line(metric: str) -> Any:
-        return wr.LinePlot(
-            title=metric, x="step", y=[panel(metric)], groupby_aggfunc="mean", groupby_rangefunc="stddev"
-        )
+    def line(name: str) -> Any:
+        return wr.LinePlot(title=name, x="step", y=[panel(name)], groupby_aggfunc="mean", groupby_rangefunc="stddev")
 
     sweep: list[Any] = []
     if axes:

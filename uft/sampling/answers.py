@@ -48,15 +48,15 @@ def read_prompts(file: Path) -> list[Turns]:
     Raises UftError with every record that holds no prompt.
     """
     reader = reader_of(file) or _lines
-    found, problems = list[Turns](), list[Problem]()
+    prompts, problems = list[Turns](), list[Problem]()
     for number, record in reader(file):
         try:
-            found.append(_prompt(record))
+            prompts.append(_prompt(record))
         except Unreadable as error:
             problems.append(Problem(str(file), str(error), f"{file.name}:{number}"))
-    if problems or not found:
+    if problems or not prompts:
         raise UftError(*problems or [Problem(str(file), "holds no prompt")])
-    return found
+    return prompts
 
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -104,13 +104,24 @@ def answer_prompts(
     Raises Interrupted when asked to stop; finished batches are shown and written.
     """
     size = settings.batch_size
+    recipe = {"sampled_by": sampled_by, "sampling": {name: getattr(settings, name) for name in SAMPLED_UNDER}}
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
         answers = sample(policy, renderer, batch, settings, should_stop, first=start)
         for prompt, given in zip(batch, answers, strict=True):
             show(prompt, given)
+        lines = [
+            {
+                "prompt": turns_column(prompt, "user"),
+                "response": turns_column((answer.said,), "assistant"),
+                "seed": answer.seed,
+                **recipe,
+            }
+            for prompt, given in zip(batch, answers, strict=True)
+            for answer in given
+        ]
         if out is not None:
-            _keep(out, batch, answers, settings, sampled_by)
+            append_records(out, lines)
 
 
 def sample(
@@ -133,20 +144,3 @@ def sample(
         [Answer(renderer.said(r.ids), r.stopped, seed) for seed, r in zip(settings.seeds, replies, strict=True)]
         for replies in sampled
     ]
-
-
-def _keep(
-    out: Path, prompts: Sequence[Turns], answers: Sequence[Sequence[Answer]], settings: Generate, sampled_by: str
-) -> None:
-    recipe = {"sampled_by": sampled_by, "sampling": {name: getattr(settings, name) for name in SAMPLED_UNDER}}
-    lines = [
-        {
-            "prompt": turns_column(prompt, "user"),
-            "response": turns_column((answer.said,), "assistant"),
-            "seed": answer.seed,
-            **recipe,
-        }
-        for prompt, given in zip(prompts, answers, strict=True)
-        for answer in given
-    ]
-    append_records(out, lines)

@@ -50,8 +50,7 @@ class EngineContext:
 
     @property
     def sampling(self) -> Sampling:
-        settings = self.rollout
-        return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
+        return Sampling.of(self.rollout)
 
     def seed_of(self, number: int) -> int:
         """For generators of 32 bits. Another one for every completion, as `numbers` are."""
@@ -143,10 +142,10 @@ class Continuous(Engine):
 
     def _replies(self, manager: Any, prompts: Sequence[Sequence[int]]) -> list[Reply]:
         """Hand all prompts to transformers' manager and wait for the replies."""
-        waiting, found, most = dict[str, int](), dict[int, Reply](), self.context.sampling.max_new_tokens
+        waiting, replies, most = dict[str, int](), dict[int, Reply](), self.context.sampling.max_new_tokens
         for place, prompt in enumerate(prompts):
             waiting[manager.add_request(list(prompt), max_new_tokens=most)] = place
-        while len(found) < len(prompts):
+        while len(replies) < len(prompts):
             beat()
             if self.context.should_stop():
                 manager.stop(block=True, hard_stop=True)
@@ -158,8 +157,8 @@ class Continuous(Engine):
                 raise RuntimeError(output.error)
             if output is not None and output.is_finished():
                 reply = _reply(output.generated_tokens, output.logprobs, self.context.renderer.stop_ids)
-                found[waiting[output.request_id]] = reply
-        return [found[place] for place in range(len(prompts))]
+                replies[waiting[output.request_id]] = reply
+        return [replies[place] for place in range(len(prompts))]
 
 
 @dataclass
@@ -281,7 +280,7 @@ def answer_request(llm: Any, request: dict[str, Any]) -> list[tuple[list[int], l
         for seed in request["seeds"]
     ]
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    found = []
+    answers = []
     for output in llm.generate(prompts, each, use_tqdm=False):
         (one,) = output.outputs
         ids = list(one.token_ids)
@@ -290,8 +289,8 @@ def answer_request(llm: Any, request: dict[str, Any]) -> list[tuple[list[int], l
             raise RuntimeError(f"a completion ended by {one.finish_reason}")
         if (one.finish_reason == "stop") != (ids[-1] in request["stop"]):
             raise RuntimeError("a completion lacks the token that ended it")
-        found.append((ids, log_probs))
-    return found
+        answers.append((ids, log_probs))
+    return answers
 
 
 def main(settings: dict[str, Any]) -> None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from uft.config.schema import Generate
+from uft.config.schema import Generate, Rollout
 from uft.data.batch import sequence_batch
 from uft.data.chat import Renderer
 from uft.heartbeat import report_progress
@@ -44,6 +43,10 @@ class Sampling:
     top_k: int = 0  # 0: all; ties at the k-th place stay in
     top_p: float = 1.0  # 1: all; at least one token always stays
     max_new_tokens: int = 64
+
+    @classmethod
+    def of(cls, settings: Generate | Rollout) -> Sampling:
+        return cls(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
 
 
 @dataclass
@@ -108,8 +111,9 @@ def complete(
     batches += [[row] for row in by_length if len(row.prompt) + len(row.uniform) > common]
     with evaluating(policy.module):
         for number, batch in enumerate(batches):
-            report = partial(_tell, sum(map(len, batches[:number])), len(rows), number, len(batches))
-            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended, report)
+            before = sum(map(len, batches[:number]))
+            for done, share in _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended):
+                report_progress(before + done, len(rows), "answers", (number + share) / len(batches))
     return [row.reply for row in rows]
 
 
@@ -126,7 +130,7 @@ def complete_for_seeds(
         complete(
             policy,
             prompts,
-            Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens),
+            Sampling.of(settings),
             seed=seed,
             stop_ids=renderer.stop_ids,
             pad_id=pad_id(renderer.tokenizer),
@@ -195,10 +199,6 @@ class _Row:
         return not self.reply.stopped and len(self.reply.ids) < len(self.uniform)
 
 
-def _tell(before: int, rows: int, number: int, batches: int, done: int, share: float) -> None:
-    report_progress(before + done, rows, "answers", (number + share) / batches)
-
-
 def _decode(
     policy: Policy,
     rows: list[_Row],
@@ -207,10 +207,9 @@ def _decode(
     pad_id: int,
     should_stop: Callable[[], bool],
     ended: Callable[[Sequence[int]], bool] | None,
-    report: Callable[[int, float], None],
-) -> None:
+) -> Iterator[tuple[int, float]]:
     """Answer one batch of prompts, in place. A prompt that several rows have is read once; finished rows leave the
-    batch once half of it is finished. `report`: how many are, and the share of the time at most."""
+    batch once half of it is finished. Yields after every token how many are, and the share of the time at most."""
     size, longest = len(rows), max((len(row.uniform) for row in rows), default=0)
     rows, device = [row for row in rows if row.open], policy.device
     places = {prompt: number for number, prompt in enumerate(dict.fromkeys(tuple(row.prompt) for row in rows))}
@@ -231,8 +230,11 @@ def _decode(
             if step == 0 and len(places) < len(rows):
                 cache.reorder_cache(prompt_of_row)
                 logits, mask = logits[prompt_of_row], mask[prompt_of_row]
-            if step == 0:
-                _make_room(cache, max(len(row.uniform) for row in rows))
+            if step == 0:  # windows and states of other kinds stay as they are
+                room = max(len(row.uniform) for row in rows)
+                for number, layer in enumerate(getattr(cache, "layers", ())):
+                    if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+                        cache.layers[number] = _Preallocated(layer.keys, layer.values, room)
         else:
             logits = _plain_logits(policy, [[*row.prompt, *row.reply.ids] for row in rows])
         draws = [row.uniform[step] if row.open else 0.0 for row in rows]
@@ -245,7 +247,7 @@ def _decode(
         ids = tokens[:, None]
         step += 1
         kept = [i for i, row in enumerate(rows) if row.open]
-        report(size - len(kept), step / longest if kept else 1.0)
+        yield size - len(kept), step / longest if kept else 1.0
         if 0 < len(kept) <= len(rows) // 2:
             index = torch.tensor(kept, device=device)
             if cache is not None:
@@ -286,13 +288,6 @@ class _Preallocated(DynamicLayer):
         self._hold(self.keys.index_select(0, beam_idx), self.values.index_select(0, beam_idx))
 
 
-def _make_room(cache: Any, tokens: int) -> None:
-    """Let the plain layers of a cache take so many tokens in place; windows and states of other kinds stay."""
-    for number, layer in enumerate(getattr(cache, "layers", ())):
-        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            cache.layers[number] = _Preallocated(layer.keys, layer.values, tokens)
-
-
 def _last_logits(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """(B, T) new tokens, (B, all) mask and the cache -> (B, V) float32 logits of the last position, the grown cache."""
     options: dict[str, Any] = {"logits_to_keep": 1} if policy.keeps_logits else {}
@@ -324,14 +319,14 @@ def _caches(policy: Policy) -> bool:
         _, cache = _last_logits(policy, ids, mask, None)
         cache.reorder_cache(torch.arange(2, device=policy.device))
         mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-        found, _ = _last_logits(policy, torch.tensor(following, device=policy.device)[:, None], mask, cache)
+        cached, _ = _last_logits(policy, torch.tensor(following, device=policy.device)[:, None], mask, cache)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # model code of any origin may raise anything here: the answer is the same
         return False
-    expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+    expected, cached = expected.log_softmax(-1), cached.log_softmax(-1)
     likely = expected > math.log(1e-6)
-    return policy.difference(found[likely], expected[likely]) <= policy.tolerance(expected[likely])
+    return policy.difference(cached[likely], expected[likely]) <= policy.tolerance(expected[likely])
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,7 @@ def generate_rows(
     if group.is_rank0:
         append_records(out, [])
 
-    def sample(share: Sequence[Row]) -> list[list[Line]]:
-        return _sample(policy, renderer, share, settings, recipe, score, should_stop)
-
+    sample = partial(_sample, policy, renderer, settings, recipe, score, should_stop)
     for batch in _batches(usable, done, group.size * settings.batch_size):
         sampled = group.map_shards(batch, sample)
         kept = [line for of_row in sampled for line in of_row if line["row"] not in done]
@@ -152,11 +151,11 @@ def number_of(row: Row) -> int:
 def _sample(
     policy: Policy,
     renderer: Renderer,
-    rows: Sequence[Row],
     settings: Generate,
     recipe: Mapping[str, Any],
     score: Score | None,
     should_stop: Callable[[], bool],
+    rows: Sequence[Row],
 ) -> list[list[Line]]:
     """The lines of each row of one batch, every seed; what is not to be written is already left out."""
     prompts = [renderer.start_ids(row, settings.system) for row in rows]
@@ -248,7 +247,7 @@ def _foreign(out: Path, number: int) -> UftError:
 
 def _differences(out: Path, lines: Sequence[Line], rows: Sequence[Row], recipe: Mapping[str, Any]) -> list[Problem]:
     """The first line sampled with other settings, with every difference, and the first whose row has changed."""
-    found = []
+    problems = []
     now = {"sampled_by": recipe["sampled_by"], **recipe["sampling"]}
     for number, line in enumerate(lines, 1):
         there = {"sampled_by": line.get("sampled_by"), **line["sampling"]}
@@ -259,7 +258,7 @@ def _differences(out: Path, lines: Sequence[Line], rows: Sequence[Row], recipe: 
                 if there.get(name) != now.get(name)
             )
             why = "holds samples that were made in another way"
-            found.append(Problem(str(out), why, f"{out.name}:{number}", changes))
+            problems.append(Problem(str(out), why, f"{out.name}:{number}", changes))
             break
     by_id = {row.id: row for row in rows}
     for number, line in enumerate(lines, 1):
@@ -267,6 +266,6 @@ def _differences(out: Path, lines: Sequence[Line], rows: Sequence[Row], recipe: 
         shown = "score" not in line and "replies" not in line["sampling"]
         if row is not None and not _own_fields(row, shown).items() <= line.items():
             why = f"row {line['row']} is another one in the data now"
-            found.append(Problem(str(out), why, f"{out.name}:{number}"))
+            problems.append(Problem(str(out), why, f"{out.name}:{number}"))
             break
-    return found
+    return problems

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from uft.config.schema import Hint, Rollout
 from uft.data.batch import Example, micro_batches
@@ -33,7 +34,8 @@ from uft.data.tokens import TokenizedSource
 from uft.distributed import ranks
 from uft.errors import Problem, raise_problems
 from uft.heartbeat import activity
-from uft.model.policy import Policy, evaluating
+from uft.model.load import pad_id
+from uft.model.policy import evaluating
 from uft.objectives.policy_gradient import SPREAD
 from uft.objectives.views import GOOD_ENOUGH, demonstrations
 from uft.rewards import Spec, judge, make, parts
@@ -66,32 +68,24 @@ class Group:
         """Whether all scores are equal, so that every advantage is 0."""
         return len(set(self.scores)) == 1
 
-    @classmethod
-    def read(cls, state: Mapping[str, Any]) -> Group:
-        """The inverse of `asdict`."""
-        lists = {name: tuple(state[name]) for name in ("figures", "scores")}
-        replies, old = tuple(Reply(**reply) for reply in state["replies"]), tuple(map(tuple, state["old"]))
-        return cls(RowIndex(**state["draw"]), state["hint"], replies, old=old, spread=state["spread"], **lists)
+
+STEPS = TypeAdapter(list[list[Group]])
+"""Groups by optimiser step, as a checkpoint has them."""
 
 
 @dataclass(eq=False)
 class RolloutSampler:
-    """Draws rows and samples the policy's completions of their prompts, `settings.prompts` rows at a time.
+    """Draws rows and samples the policy's completions of their prompts, `rollout.prompts` rows at a time.
 
     `take` gives the examples of a step; `_sample` fills `waiting` with the groups of the next steps: it draws rows
     (`_draw`), scores completions (`_score`) and keeps old log-probs. `example` turns a group into what is trained on.
     """
 
     sampler: RowSampler
-    settings: Rollout
-    _: KW_ONLY
     engine: Engine
-    policy: Policy
-    renderer: Renderer
+    _: KW_ONLY
     views: Mapping[Kind, View]  # the objective's own
     sampled: Mapping[str, Spec | None]  # the sources that are sampled, with their checkers
-    seed: int
-    pad_id: int
     batch_size: int
     total_rows: int
     tokens_per_pass: int
@@ -106,6 +100,9 @@ class RolloutSampler:
     reasons: set[str] = field(default_factory=set)  # why completions could not be judged, as far as it was logged
 
     def __post_init__(self) -> None:
+        context = self.engine.context
+        self.policy, self.renderer = context.policy, context.renderer
+        self.settings, self.seed = context.rollout, context.seed
         self.prompts = self.settings.prompts or self.batch_size
         self.keeps_old = self.keeps_old and self.prompts > self.batch_size
 
@@ -130,7 +127,7 @@ class RolloutSampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state["rows"])
         self.drawn, self.wanted, self.rollouts = state["drawn"], state["wanted"], state["rollouts"]
-        self.waiting = [[Group.read(group) for group in step] for step in state["waiting"]]
+        self.waiting = STEPS.validate_python(state["waiting"])
 
     # --- one rollout: draw rows, sample, score, replace groups of equal scores, keep old log-probs
 
@@ -147,8 +144,10 @@ class RolloutSampler:
             groups += [group for group in drawn if not (group.flat and self.settings.refill)]
             if len(groups) == rows:
                 break
-        if self.keeps_old:
-            groups = self._with_old_log_probs(groups)
+        if self.keeps_old:  # later updates divide by the log-probs that tokens have under the policy as it is
+            sampled = [group for group in groups if group.replies]
+            old = iter(ranks().map_shards(sampled, self._old_log_probs))
+            groups = [replace(group, old=next(old)) if group.replies else group for group in groups]
         for start in range(0, rows, self.batch_size):
             step = groups[start : start + self.batch_size]
             scores = [score for group in step for score in group.scores]
@@ -223,25 +222,21 @@ class RolloutSampler:
             scored.append(group)
         return scored
 
-    def _with_old_log_probs(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups with the log-probs of their tokens under the policy as it is: later updates divide by them."""
-        rows = [group for group in groups if group.replies]
-        found = iter(ranks().map_shards(rows, self._old_log_probs))
-        return [replace(group, old=next(found)) if group.replies else group for group in groups]
-
     @torch.no_grad()
     def _old_log_probs(self, groups: Sequence[Group]) -> list[tuple[tuple[float, ...], ...]]:
+        """Of each group, the log-probs of every completion's tokens under the policy as it is."""
         whole = [
             Example(number, row, tuple(map(Selected, range(len(row.completions)))), encoded)
             for number, (row, encoded) in enumerate(self.row(group, shown=False) for group in groups)
         ]
-        found: dict[int, list[tuple[float, ...]]] = {number: [] for number in range(len(groups))}
+        by_group: dict[int, list[tuple[float, ...]]] = {number: [] for number in range(len(groups))}
+        pad = pad_id(self.renderer.tokenizer)
         with evaluating(self.policy.module):
-            for batch in micro_batches(whole, self.tokens_per_pass, self.pad_id, self.policy.layout):
+            for batch in micro_batches(whole, self.tokens_per_pass, pad, self.policy.layout):
                 log_probs = self.policy(batch.to(self.policy.device)).log_probs.cpu().split(batch.lengths.tolist())
                 for number, values in zip(batch.example[batch.row].tolist(), log_probs, strict=True):
-                    found[number].append(tuple(values.tolist()))
-        return [tuple(found[number]) for number in range(len(groups))]
+                    by_group[number].append(tuple(values.tolist()))
+        return [tuple(by_group[number]) for number in range(len(groups))]
 
     # --- from a group to a row, and to what the objective takes of it
 
@@ -442,12 +437,11 @@ def refuse_unscored(
     no room for a completion; demonstrations of which no hint can be shown.
     """
     problems, hints = list[Problem](), settings.hint.schedule != "none"
-
-    def has_hint(source: TokenizedSource) -> bool:
-        shown = (demonstration_tokens(source, place) for place in range(len(source.rows)))
-        return any(piece_ends(tokens, settings.hint, renderer) for tokens in shown)
-
-    showing = {source.source for source in sources if hints and has_hint(source)}
+    showing = set[str]()  # sources with a demonstration of which a hint can be shown
+    for source in sources if hints else ():
+        demonstrated = (demonstration_tokens(source, place) for place in range(len(source.rows)))
+        if any(piece_ends(tokens, settings.hint, renderer) for tokens in demonstrated):
+            showing.add(source.source)
     for source in sources:
         if source.source not in sampled or not len(source.rows):
             continue

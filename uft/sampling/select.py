@@ -87,12 +87,10 @@ def pair_of(row: Row) -> Selection:
     return (view(row, 0) or ()) if view else ()
 
 
-def shown_of(row: Row) -> Selection:
-    """The good completions, which supervised fine-tuning learns."""
-    return positives(row, 0)
-
-
-TAKES: dict[str, Callable[[Row], Selection]] = {"active_dpo": pair_of, "pds": shown_of}
+TAKES: dict[str, Callable[[Row], Selection]] = {
+    "active_dpo": pair_of,
+    "pds": lambda row: positives(row, 0),  # which supervised fine-tuning learns
+}
 """By `select.by`, of the methods that run the model."""
 
 

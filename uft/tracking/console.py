@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import os
 import sys
@@ -107,11 +106,8 @@ class StatusStream:
 
 def phase_line() -> str:
     """`the model is being evaluated: 12 of 30 rows scored, 00:15, about 00:22 left`"""
-    now = (
-        heartbeat.phase.doing.replace(" was ", " is being ")
-        .replace(" were ", " are being ")
-        .replace("it trained", "training")
-    )
+    doing = heartbeat.phase.doing.replace(" was ", " is being ").replace(" were ", " are being ")
+    now = doing.replace("it trained", "training")
     far = f": {heartbeat.far}" if heartbeat.far else ""
     left = heartbeat.left()
     rest = "" if left is None else f", about {duration(left)} left"
@@ -244,7 +240,12 @@ class Console:
         for what in [what for what in notes if what not in self._reported]:
             self._reported.add(what)
             self.message(f"caution: {notes[what]}")
-        line = partial(step_line, step, self.total_steps, metrics, tuple(self._terms), self._eta(step, metrics))
+        eta = None  # by the pace of the last lines; of all steps, for the first line
+        if "seconds" in metrics and step > 0:
+            self._pace.append((step, metrics["seconds"]))
+            since, then = self._pace[0] if len(self._pace) > 1 else (0, 0.0)
+            eta = (self.total_steps - step) * (metrics["seconds"] - then) / max(step - since, 1)
+        line = partial(step_line, step, self.total_steps, metrics, tuple(self._terms), eta)
         if not self.interactive:
             self._print(line())
             return
@@ -266,17 +267,6 @@ class Console:
         if evaluation.samples:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
 
-    @contextmanager
-    def hearing(self) -> Iterator[None]:
-        """Within, warnings of this program's modules are messages too."""
-        handler, logger = logging.Handler(logging.WARNING), logging.getLogger("uft")
-        handler.emit = lambda record: self.message(record.getMessage())  # type: ignore[method-assign]
-        logger.addHandler(handler)
-        try:
-            yield
-        finally:
-            logger.removeHandler(handler)
-
     def close(self) -> None:
         self._finish_line()
         self._close_log()
@@ -286,14 +276,6 @@ class Console:
         if log is not None:
             with suppress(OSError):  # what could not be written is tried again
                 log.close()
-
-    def _eta(self, step: int, metrics: Mapping[str, float]) -> float | None:
-        """Seconds of training left, by the pace of the last lines (of all steps, for the first line)."""
-        if "seconds" not in metrics or step == 0:
-            return None
-        self._pace.append((step, metrics["seconds"]))
-        since, then = self._pace[0] if len(self._pace) > 1 else (0, 0.0)
-        return (self.total_steps - step) * (metrics["seconds"] - then) / max(step - since, 1)
 
     def _heading(self, text: str, style: str = "bold") -> None:
         from rich.text import Text
@@ -395,16 +377,14 @@ def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
         lines.append(f"  {one.source}: {quote(one.prompt)} -> {quote(one.reply)}{answer}")
     if max(map(len, lines)) < width:
         return lines
-    lines = []
+    lines, room = [], max(width - 12, 20)
     for one in [*first.values()][:WHOLE]:
         texts = {"prompt": one.prompt, "reply": one.reply, "answer": one.answer}
         lines += [f"  {one.source}"]
         for name, text in texts.items():
             if text is not None:
                 shown = printable_lines(shorten(text, SAMPLE_TEXT))
-                folded = [
-                    part for line in shown.split("\n") for part in textwrap.wrap(line, max(width - 12, 20)) or [""]
-                ]
+                folded = [part for line in shown.split("\n") for part in textwrap.wrap(line, room) or [""]]
                 lines += [f"    {name if not number else '':<6}  {part}".rstrip() for number, part in enumerate(folded)]
     return lines
 
@@ -429,11 +409,9 @@ def ending_rows(
     speed = f", {count(tokens / seconds)} tok/s" if seconds > 0 else ""
     memory = result["peak_memory_bytes"]
     times = {"training": seconds, "stages that make rows": result.get("making_seconds")}
+    at = f"at step {result['steps']}/{total_steps}" if total_steps else "at its start"
     rows = [
-        (
-            "status",
-            f"{result['status']} " + (f"at step {result['steps']}/{total_steps}" if total_steps else "at its start"),
-        ),
+        ("status", f"{result['status']} {at}"),
         ("error", result["error"] or ""),
         ("final", text(overall)),
         ("best", f"{best} at step {result['best_step']}" if best and result["best_step"] is not None else best),

@@ -87,19 +87,19 @@ class Files:
         """Rewrite the file with the lines up to the resumed step. Checksums first: no line is ever without one."""
         texts, checksums, last = list[str](), list[Checksum](), self.resumed_step
         if last is not None:
-            found = check(path)
-            for text, row in _parse(found.lines):
+            checked = check(path)
+            for text, row in _parse(checked.lines):
                 if row["step"] <= last:
                     texts.append(text)
                     checksums.append((row["step"], _crc(text)))
                 if row["step"] == last:
                     self._written.add(text)
-            lost = {*found.damaged, *found.unlisted}
-            if found.pending and found.pending[0] == last:  # a process may have died while it wrote this line
-                self._pending[path] = found.pending
-                checksums.append(found.pending)
-            elif found.pending:
-                lost.add(found.pending[0])
+            lost = {*checked.damaged, *checked.unlisted}
+            if checked.pending and checked.pending[0] == last:  # a process may have died while it wrote this line
+                self._pending[path] = checked.pending
+                checksums.append(checked.pending)
+            elif checked.pending:
+                lost.add(checked.pending[0])
             if lost := {step for step in lost if step <= last}:
                 self.say(describe_damage(path.name, lost))
         write_atomically(checksum_file(path), "".join(f"{step} {crc:08x}\n" for step, crc in checksums))
@@ -200,11 +200,6 @@ class Checked:
     pending: Checksum | None = None
     unlisted: Sequence[int] = ()
 
-    @property
-    def uncertain(self) -> set[int]:
-        """Steps whose lines are damaged or lost unless a process died there."""
-        return {*self.unlisted, *([self.pending[0]] if self.pending else [])}
-
 
 def check(path: Path) -> Checked:
     """Compare the lines of `path` with their checksums, also while it is being written."""
@@ -261,12 +256,12 @@ def _crc(text: str) -> int:
 
 def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """The metrics of an evaluation by source; "" is all sources together."""
-    found: dict[str, dict[str, float]] = {"": {}}
+    grouped: dict[str, dict[str, float]] = {"": {}}
     for name, value in metrics.items():
         source, _, metric = name.removeprefix(PREFIX).rpartition("/")
         if name.startswith(PREFIX):
-            found.setdefault(source, {})[metric] = value
-    return found
+            grouped.setdefault(source, {})[metric] = value
+    return grouped
 
 
 def collapses(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -287,7 +282,7 @@ def collapses(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         before, now = (sum(end) / FEW if len(end) == FEW else math.inf for end in ends)
         return before, now
 
-    found = {}
+    notes = {}
     if len(evaluated) > 1 and evaluated[0]["step"] == 0:
         before, now = (by_source(line) for line in (evaluated[0], evaluated[-1]))
         there = [name for name, metrics in now.items() if "nll" in metrics and "nll" in before.get(name, {})]
@@ -295,18 +290,18 @@ def collapses(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         sunk = {name: f"{old:.2f} to {new:.2f}" for name, (old, new) in rises.items() if risen(old, new)}
         parts = ", ".join(f"{name} {figures}" for name, figures in sunk.items() if name)
         if "" in sunk:
-            found["likelihood"] = f"eval/nll {sunk['']} since step 0{f' ({parts})' if parts else ''}"
+            notes["likelihood"] = f"eval/nll {sunk['']} since step 0{f' ({parts})' if parts else ''}"
     elif risen(*change("nll")) and change("loss")[1] < change("loss")[0]:
         figures = ("{} {:.2f} to {:.2f}".format(name, *change(name)) for name in ("nll", "loss"))
-        found["likelihood"] = f"{', '.join(figures)} of the training rows, from the first lines to the last"
-    if "likelihood" in found:
-        found["likelihood"] = (
-            f"good answers have become less likely: {found['likelihood']}. A lower learning rate, or a likelihood term "
+        notes["likelihood"] = f"{', '.join(figures)} of the training rows, from the first lines to the last"
+    if "likelihood" in notes:
+        notes["likelihood"] = (
+            f"good answers have become less likely: {notes['likelihood']}. A lower learning rate, or a likelihood term "
             "(sft_weight, demonstrations in the mixture), holds them"
         )
     was, entropy = change("objective/entropy")
     if entropy < GONE * was:
-        found["entropy"] = (
+        notes["entropy"] = (
             f"own samples are all alike: objective/entropy {was:.3g} to {entropy:.3g} nats a token. A lower learning "
             "rate, an entropy term (objective.entropy) or a divergence term (objective.kl) keeps them apart"
         )
@@ -314,11 +309,11 @@ def collapses(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     estimates = {name: value for name, value in newest.items() if name.rpartition("/")[2] == "kl"}
     bounds = {name: LARGEST_KL[name.startswith(PREFIX)] for name in estimates}
     if names := [name for name, value in estimates.items() if not value <= bounds[name]]:
-        found["kl"] = (
+        notes["kl"] = (
             f"{', '.join(name.removeprefix(PREFIX) for name in names)}: no estimate. Tokens that the model has made "
             "all but impossible outweigh all others; read nll instead"
         )
-    return found
+    return notes
 
 
 def risen(old: float, new: float) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from io import StringIO
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from uft.errors import Problem, UftError, first_line
 from uft.runs import Run, shown
@@ -22,109 +22,54 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Mirror:
-    """A tracker with a library behind it. `resumed_step`: of the checkpoint that training continues from."""
+class TensorBoard:
+    """Event files in the run folder, for `tensorboard --logdir`."""
 
     run: Run
     config: Mapping[str, Any]
-    say: Callable[[str], None] = print
-    resumed_step: int | None = None
-    package: ClassVar[str]  # also the choice of tracking.tracker and the extra that installs it
-    _handle: Any = field(default=None, init=False)
-
-    def start(self) -> None:
-        """Open. Raises UftError where the package is not installed."""
-        try:
-            with redirect_stdout(StringIO()):  # the console is the run's
-                self._handle = self._open()
-        except ImportError as error:
-            advice = (f"pip install 'uft-lm[{self.package}]'",)
-            what = f"tracking.tracker={self.package}"
-            raise UftError(Problem(what, f"cannot be imported: {first_line(error)}", advice=advice)) from error
-
-    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        numbers = {panel(name): value for name, value in metrics.items() if isinstance(value, (int, float))}
-        self._attempt(self._log, step, numbers)
-
-    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
-        self._attempt(self._samples, step, [asdict(sample) for sample in samples])
-
-    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        self._attempt(self._close, status)
-        self._handle = None
-
-    def _attempt(self, call: Callable[..., None], *arguments: Any) -> None:
-        if self._handle is None:
-            return
-        try:
-            with redirect_stdout(StringIO()):
-                call(*arguments)
-        except Exception as error:
-            self._handle = None
-            self.say(f"{self.package} stopped taking metrics ({first_line(error)}); metrics.jsonl has everything.")
-
-    @property
-    def description(self) -> str:
-        """One line for the start card."""
-        raise NotImplementedError
-
-    def _open(self) -> Any:
-        raise NotImplementedError
-
-    def _log(self, step: int, numbers: Mapping[str, float]) -> None:
-        raise NotImplementedError
-
-    def _samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        raise NotImplementedError
-
-    def _close(self, status: str) -> None:
-        raise NotImplementedError
-
-
-class TensorBoard(Mirror):
-    """Event files in the run folder, for `tensorboard --logdir`."""
-
-    package = "tensorboard"
+    resumed_step: int | None  # of the checkpoint that training continues from
 
     @property
     def description(self) -> str:
         return f"metrics.jsonl, TensorBoard: tensorboard --logdir {shown(self.run.path.parent)}"
 
-    def _open(self) -> Any:
+    def start(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         later = None if self.resumed_step is None else self.resumed_step + 1  # these steps are trained again
-        writer = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=later)
-        writer.add_text("run", "\n".join(f"    {name}: {value}" for name, value in about(self.run).items()))
-        return writer
+        self.writer = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=later)
+        self.writer.add_text("run", "\n".join(f"    {name}: {value}" for name, value in about(self.run).items()))
 
-    def _log(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            self._handle.add_scalar(name, value, step)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
 
-    def _samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
         for place, sample in enumerate(samples):
-            text = f"    {sample['prompt']}\n\n    {sample['reply']}"  # indented: Markdown takes it as it is
-            self._handle.add_text(f"samples/{sample['source']}/{place}", text, step)
+            text = f"    {sample.prompt}\n\n    {sample.reply}"  # indented: Markdown takes it as it is
+            self.writer.add_text(f"samples/{sample.source}/{place}", text, step)
 
-    def _close(self, status: str) -> None:
-        self._handle.add_text("status", status)
-        self._handle.close()
+    def finish(self, status: str) -> None:
+        self.writer.add_text("status", status)
+        self.writer.close()
 
 
-class Trackio(Mirror):
+@dataclass
+class Trackio:
     """A project in Trackio's database on this machine, for `trackio show`."""
 
-    package = "trackio"
+    run: Run
+    config: Mapping[str, Any]
+    resumed_step: int | None
 
     @property
     def description(self) -> str:
         return f"metrics.jsonl, Trackio: trackio show --project {self.config['tracking']['project']}"
 
-    def _open(self) -> Any:
+    def start(self) -> None:
         import trackio
 
-        return trackio.init(
+        self.handle = trackio.init(
             project=self.config["tracking"]["project"],
             name=f"{self.run.name}-{self.run.info()['id']}",
             group=group_of(self.run, self.config),
@@ -135,22 +80,71 @@ class Trackio(Mirror):
             auto_log_cpu=False,
         )
 
-    def _log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._handle.log({name: value for name, value in numbers.items() if math.isfinite(value)}, step=step)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.handle.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
 
-    def _samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
         from pandas import DataFrame
         from trackio import Table
 
-        self._handle.log({"samples": Table(dataframe=DataFrame(list(samples)).astype(str))}, step=step)
+        table = Table(dataframe=DataFrame([asdict(one) for one in samples]).astype(str))
+        self.handle.log({"samples": table}, step=step)
 
-    def _close(self, status: str) -> None:
+    def finish(self, status: str) -> None:
         import trackio
 
         trackio.finish()
 
 
-MIRRORS: dict[str, type[Mirror]] = {mirror.package: mirror for mirror in (TensorBoard, Trackio)}
+MIRRORS: dict[str, type[TensorBoard | Trackio]] = {"tensorboard": TensorBoard, "trackio": Trackio}
+"""By the choice of tracking.tracker, which is the name of the package and of the extra that installs it."""
+
+
+@dataclass
+class Mirror:
+    """A tracker with a library behind it, which prints nothing, and whose failure costs its own figures alone."""
+
+    package: str
+    tracker: TensorBoard | Trackio
+    say: Callable[[str], None]
+    open: bool = False
+
+    def start(self) -> None:
+        """Open. Raises UftError where the package is not installed."""
+        try:
+            with redirect_stdout(StringIO()):  # the console is the run's
+                self.tracker.start()
+            self.open = True
+        except ImportError as error:
+            advice = (f"pip install 'uft-lm[{self.package}]'",)
+            what = f"tracking.tracker={self.package}"
+            raise UftError(Problem(what, f"cannot be imported: {first_line(error)}", advice=advice)) from error
+
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        numbers = {panel(name): value for name, value in metrics.items() if isinstance(value, (int, float))}
+        self._attempt(self.tracker.log, step, numbers)
+
+    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
+        self._attempt(self.tracker.samples, step, samples)
+
+    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
+        self._attempt(self.tracker.finish, status)
+        self.open = False
+
+    def _attempt(self, call: Callable[..., None], *arguments: Any) -> None:
+        if not self.open:
+            return
+        try:
+            with redirect_stdout(StringIO()):
+                call(*arguments)
+        except Exception as error:
+            self.open = False
+            self.say(f"{self.package} stopped taking metrics ({first_line(error)}); metrics.jsonl has everything.")
+
+    @property
+    def description(self) -> str:
+        """One line for the start card."""
+        return self.tracker.description
 
 
 @dataclass
@@ -211,6 +205,7 @@ def make_tracker(
     `resumed_step`: of the checkpoint that training continues from (None: a fresh start). `say` prints the few lines
     that W&B's state may need.
     """
-    mirror = MIRRORS.get(config["tracking"].get("tracker"))
-    other = Wandb(run, config, say) if mirror is None else mirror(run, config, say, resumed_step)
-    return Trackers(Files(run, resumed_step, say), other)
+    name, files = config["tracking"].get("tracker"), Files(run, resumed_step, say)
+    if name in MIRRORS:
+        return Trackers(files, Mirror(name, MIRRORS[name](run, config, resumed_step), say))
+    return Trackers(files, Wandb(run, config, say))

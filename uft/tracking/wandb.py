@@ -68,13 +68,14 @@ class Wandb:
 
     def start(self) -> None:
         """Open the W&B run. Raises UftError if it is to be online and there is no key that W&B accepts."""
-        (variable, wish), why = wished_mode(), ""
-        mode = self.config["tracking"]["mode"]
-        if mode == "auto" and wish:
+        identity, tracking, why = self._identity(), self.config["tracking"], ""
+        mode, variable, wish = tracking["mode"], "WANDB_MODE", os.environ.get("WANDB_MODE", "")
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+            variable, wish = "WANDB_DISABLED", "disabled"
+        if wish in ("online", "offline", "disabled") and mode == "auto":
             mode = wish
-        elif wish not in ("", mode) and mode != "disabled" and not self.folder:
+        elif wish in {"online", "offline", "disabled"} - {mode} and mode != "disabled" and not self.folder:
             self.say(f"{variable}={os.environ[variable]} is not followed: tracking.mode={mode}")
-        identity, tracking = self._identity(), self.config["tracking"]
         for key in ("project", "entity") if mode != "disabled" and not self.folder else ():
             wanted, used = os.environ.get(f"WANDB_{key.upper()}"), identity.get(key) or tracking[key]
             if wanted and wanted != used:
@@ -153,7 +154,7 @@ class Wandb:
         atexit.unregister(self._await_sender)
         if self._await_sender():
             try:
-                found = {**summary, **extremes(self.run), **best_summary(self.run.result()), "status": status}
+                found = {**summary, **run_summary(self.run), "status": status}
                 handle.summary.update({panel(name): value for name, value in found.items()})
                 if exit_code == STOPPED:
                     handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
@@ -203,12 +204,12 @@ class Wandb:
         noted = info.get("wandb", {})
         environment = {} if self.folder or "id" in noted else os.environ
         agent = environment if environment.get("WANDB_SWEEP_ID") else {}
-        found = {"id": noted.get("id") or agent.get("WANDB_RUN_ID") or info["id"]}
+        identity = {"id": noted.get("id") or agent.get("WANDB_RUN_ID") or info["id"]}
         for key in ("project", "entity"):
             counts = agent or tracking[key] == getattr(Tracking(), key)
-            found[key] = noted.get(key) or (environment.get(f"WANDB_{key.upper()}") if counts else None)
-        found["group"] = noted.get("group") or group_of(self.run, self.config)
-        return {name: value for name, value in found.items() if value}
+            identity[key] = noted.get(key) or (environment.get(f"WANDB_{key.upper()}") if counts else None)
+        identity["group"] = noted.get("group") or group_of(self.run, self.config)
+        return {name: value for name, value in identity.items() if value}
 
     def _note(self, **values: Any) -> None:
         """Keep facts about the W&B run in `run.json`."""
@@ -303,20 +304,16 @@ def about(run: Run) -> dict[str, Any]:
     }
 
 
-def extremes(run: Run) -> dict[str, float]:
-    """`min/NAME` and `max/NAME` of every metric of the evaluation over all sources."""
-    found: dict[str, list[float]] = {}
+def run_summary(run: Run) -> dict[str, Any]:
+    """`min/NAME` and `max/NAME` of every metric of the evaluation over all sources, the metric that chose the best
+    checkpoint, its step, and what the run took."""
+    result, found = run.result(), dict[str, Any]()
     for row in read_metrics(run):
         for name, value in row.items():
             if name.startswith("eval/") and name.count("/") == 1 and math.isfinite(value):
-                found.setdefault(name, []).append(value)
-    ends = {"min": min, "max": max}
-    return {f"{end}/{name}": of(values) for name, values in found.items() for end, of in ends.items()}
-
-
-def best_summary(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The metric that chose the best checkpoint, its step, and what the run took."""
-    found = {f"best/{name}": value for name, value in (result.get("best") or {}).items()}
+                found[f"min/{name}"] = min(value, found.get(f"min/{name}", value))
+                found[f"max/{name}"] = max(value, found.get(f"max/{name}", value))
+    found |= {f"best/{name}": value for name, value in (result.get("best") or {}).items()}
     names = {"best/step": "best_step", "peak_memory_bytes": "peak_memory_bytes", "seconds": "seconds"}
     return found | {name: result[key] for name, key in names.items() if result.get(key) is not None}
 
@@ -407,14 +404,6 @@ class Server:
     @property
     def host(self) -> str:
         return urlsplit(self.url).netloc
-
-
-def wished_mode() -> tuple[str, str]:
-    """(variable, mode) that W&B's environment variables ask for; empty where they ask for none."""
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
-        return "WANDB_DISABLED", "disabled"
-    wish = os.environ.get("WANDB_MODE", "")
-    return ("WANDB_MODE", wish) if wish in ("online", "offline", "disabled") else ("", "")
 
 
 def wandb_server() -> Server:

@@ -36,22 +36,19 @@ if TYPE_CHECKING:
     from uft.training.setup import Prepared
 
 PAPER = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{5})\b")
-LOAD = """\
+READ = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
-messages = [{"role": "user", "content": "Hello"}]
+"""
+LOAD = f"""{READ}\
+messages = [{{"role": "user", "content": "Hello"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```"""
-PLAIN = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
+PLAIN = f"""{READ}\
 print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=64)[0]))
 ```"""
 ADAPTER = """\
@@ -98,7 +95,11 @@ class ModelCard:
         config = self.config
         keys = {key: value for key, value in config.objective.items() if key not in ("name", "method")}
         file = groups(config_dirs()).get("objective", {}).get(config.objective["name"])
-        lines = ["## Objective"] + ([opening_comment(file)] if file else [])
+        lines = ["## Objective"]
+        if file:  # the sentences in front of it: the method, its paper as a link to arXiv, and its loss
+            comment = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+            text = " ".join(line.strip("# ") for line in comment)
+            lines.append(PAPER.sub(lambda found: f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})", text))
         optim, batch = config.optim, config.train.batch_size
         rate = f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule} schedule, batch of {batch}"
         adapter = f"; LoRA of rank {config.model.lora.rank}" if config.model.adapter == "lora" else ""
@@ -107,11 +108,11 @@ class ModelCard:
         return lines
 
     def data(self) -> list[str]:
-        found = [record for part in self.run.stages or [self.run] if (record := read_json(part.path / "data.json"))]
-        if not found:
+        records = [record for part in self.run.stages or [self.run] if (record := read_json(part.path / "data.json"))]
+        if not records:
             return []
         digest = f"Digest of the rows and their order: `{self.run.info().get('data_digest', '')}`."
-        return ["## Data", table(mixture_table(found[-1])), digest]
+        return ["## Data", table(mixture_table(records[-1])), digest]
 
     def figures(self) -> list[str]:
         """The last evaluation up to this step, all held-out rows together."""
@@ -132,13 +133,6 @@ class ModelCard:
         packages = ", ".join(f"{name} {versions[name]}" for name in there)
         started = f" Started from: {before}." if (before := lineage(info)) else ""
         return f"uft {versions.get('uft', '')}{commit}{changed}, {packages}, seed {self.config.seed}.{started}"
-
-
-def opening_comment(file: Path) -> str:
-    """The sentences in front of a file of conf/objective: the method, its paper as a link to arXiv, and its loss."""
-    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
-    text = " ".join(line.strip("# ") for line in lines)
-    return PAPER.sub(lambda found: f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})", text)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
 from uft.config.schema import Config
 from uft.data.chat import Renderer, Tokens
@@ -29,27 +28,20 @@ from uft.model.load import load_tokenizer
 from uft.runs import write_atomically
 from uft.sampling.select import TAKES, Picked, active_dpo, count_of, pair_features, pds, pick, random_scores, top_scores
 from uft.training.dataset import make_renderer
-from uft.training.setup import Say, loaded_policy
+from uft.training.setup import Work, loaded_policy
 from uft.training.trainer import tokens_per_pass
 
 PAST_FILE = "past.npz"
 
 
 @activity("rows were chosen", moving=True)
-def choose_rows(
-    config: Config,
-    sources: Sequence[LoadedSource],
-    out: Path,
-    device: torch.device,
-    should_stop: Callable[[], bool],
-    say: Say,
-) -> tuple[list[Row], dict[str, int]]:
+def choose_rows(work: Work, sources: Sequence[LoadedSource], out: Path) -> tuple[list[Row], dict[str, int]]:
     """(the rows that `config.select` chooses of the training rows of `sources`, in their order; counts of candidates).
 
     Writes `scores.jsonl` of all candidates and `past.npz` for a later selection into the folder `out`, by rename.
     Raises UftError about the rows and what a method needs, and Interrupted when told to stop.
     """
-    settings, by = config.select, str(config.select.by)
+    config, settings, by = work.config, work.config.select, str(work.config.select.by)
     rows = [row for source in sources for row in source.rows]
     past = read_past(settings.past, settings.dim)
     known = set(past["prompts"].tolist())
@@ -57,13 +49,13 @@ def choose_rows(
     renderer = make_renderer(load_tokenizer(config.model), config.data) if by in TAKES else None
     taken, tokens = taken_by(by, fresh, renderer, config) if renderer else (fresh, [])
     counts = {"candidates": len(taken), "chosen_before": len(rows) - len(fresh), "unfit": len(fresh) - len(taken)}
-    say(f"select.by={by}: " + ", ".join(f"{name} {number:,}" for name, number in counts.items()))
+    work.say(f"select.by={by}: " + ", ".join(f"{name} {number:,}" for name, number in counts.items()))
     if not taken:
         why = "none of the rows is a candidate: active_dpo takes pairs and scored completions, pds good completions"
         raise UftError(Problem(f"select.by={by}", why, advice=("uft data ... shows the kinds of the rows",)))
     count = count_of(settings.rows, len(taken))
     if renderer:
-        picked = picked_by_model(config, renderer, tokens, past["phi"], count, device, should_stop, say)
+        picked = picked_by_model(work, renderer, tokens, past["phi"], count)
     else:
         picked = pick(random_scores(taken, settings.seed) if by == "random" else top_scores(taken), count)
     rank = {place: number for number, place in enumerate(picked.places, 1)}
@@ -93,22 +85,15 @@ def taken_by(
 
 
 def picked_by_model(
-    config: Config,
-    renderer: Renderer,
-    rows: Sequence[tuple[Tokens, ...]],
-    past: np.ndarray,
-    count: int,
-    device: torch.device,
-    should_stop: Callable[[], bool],
-    say: Say,
+    work: Work, renderer: Renderer, rows: Sequence[tuple[Tokens, ...]], past: np.ndarray, count: int
 ) -> Picked:
     """The choice of a method that runs the model."""
-    settings = config.select
+    config, settings = work.config, work.config.select
     if config.model.adapter == "lora":
-        say("caution: a fresh adapter sees the input through random numbers alone; better:  model.adapter=none")
-    policy = loaded_policy(config, device, renderer.tokenizer)
+        work.say("caution: a fresh adapter sees the input through random numbers alone; better:  model.adapter=none")
+    policy = loaded_policy(config, work.device, renderer.tokenizer)
     if settings.by == "active_dpo":
-        phi = pair_features(policy, [(one, other) for one, other in rows], settings, should_stop)
+        phi = pair_features(policy, [(one, other) for one, other in rows], settings, work.stop)
         return active_dpo(phi, past, settings, count)
     name = str(settings.dev)
     (dev,) = load_sources(replace(config.data, sources={name: config.data.sources[name]}))
@@ -116,7 +101,7 @@ def picked_by_model(
     if not trusted:
         why = f"none of its first {settings.batch} rows has a good completion"
         raise UftError(Problem(f"select.dev={name}", why))
-    return pick(pds(policy, rows, trusted, settings, tokens_per_pass(config), should_stop), count)
+    return pick(pds(policy, rows, trusted, settings, tokens_per_pass(config), work.stop), count)
 
 
 def read_past(folder: str | None, dim: int) -> dict[str, np.ndarray]:

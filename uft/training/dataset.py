@@ -30,7 +30,7 @@ from uft.data.table import grouped, keep_pandas_out, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
 from uft.errors import Problem, UftError, raise_problems, run_all
 from uft.evaluation.evaluate import HeldOut
-from uft.model.load import load_tokenizer, pad_id
+from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.objectives import make
 from uft.objectives.base import Objective
@@ -133,19 +133,13 @@ class StageData:
 
     def rollouts(self, policy: Policy, config: Config, stop: Stop) -> RolloutSampler:
         """The sampler that takes completions of the rows of each step from the policy as it is then."""
-        renderer, longest = self.dataset.renderer, longest_rollout(self.dataset, config)
-        seed, should_stop = config.seeds.sampling, stop.between_passes
-        context = EngineContext(policy, renderer, config.rollout, seed, longest, should_stop)
+        longest, seed = longest_rollout(self.dataset, config), config.seeds.sampling
+        context = EngineContext(policy, self.dataset.renderer, config.rollout, seed, longest, stop.between_passes)
         return RolloutSampler(
             self.sampler,
-            config.rollout,
-            engine=make_engine(context),
-            policy=policy,
-            renderer=renderer,
+            make_engine(context),
             views=self.objective.views,
             sampled=sampled_sources(config, self.dataset),
-            seed=seed,
-            pad_id=pad_id(renderer.tokenizer),
             batch_size=config.train.batch_size,
             total_rows=self.horizon.total_rows,
             tokens_per_pass=tokens_per_pass(config),
@@ -237,17 +231,17 @@ def refuse_unknown_words(dataset: TrainData, model: str) -> None:
 
 def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loaded: Sequence[LoadedSource]) -> None:
     """Raise UftError with all unusable rows, the objective's line of the table of kinds, and the commands that help."""
-    found = {(source, kind): one for source, kinds in sampler.unusable().items() for kind, one in kinds.items()}
+    by_kind = {(source, kind): one for source, kinds in sampler.unusable().items() for kind, one in kinds.items()}
     unread = {source.name: [column for column, _ in source.omitted.unread.most_common()] for source in loaded}
     problems, footer = list[Problem](), list[str]()
-    for (name, kind), unusable in found.items():
+    for (name, kind), unusable in by_kind.items():
         why = f"objective={objective.name} cannot use {unusable.rows} {kind.value} row{'s' * (unusable.rows != 1)}"
         advice = tuple[str, ...]()
         if kind is Kind.PROMPT:
             reason, advice = without_reply(name, data.sources[name], kind in sampler.views, unread[name])
             why = f"{why}: {reason}"
         problems.append(Problem(f"data.sources.{name}", why, unusable.first, advice))
-    if any(kind is not Kind.PROMPT for _, kind in found):
+    if any(kind is not Kind.PROMPT for _, kind in by_kind):
         names, uses = kind_table({objective.name: objective})
         footer += [f"What {uses[0]} takes of each kind of row:"]
         footer += [f"  {kind:<14} {use}" for kind, use in zip(names[1:], uses[1:], strict=True)]
@@ -270,7 +264,7 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loade
     for name, words in lacking.items():
         models = ["annotate.models=[MODEL,...]"] if ANNOTATORS[name].models else []
         footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
-    some = sampler.takes_anything() or all(kind is Kind.PROMPT for _, kind in found)
+    some = sampler.takes_anything() or all(kind is Kind.PROMPT for _, kind in by_kind)
     none = "No other row is left. What takes every kind of row:  objective=uft"
     out = "Leave these rows out:  data.unusable=drop" if some else none
     raise_problems(problems, footer="\n".join([*footer, out]))
@@ -284,12 +278,10 @@ def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str
         return "it sets own completions beside a demonstration, and they have none", ("objective=grpo",)
     if samples:
         return "they have no reply, and are not sampled", (f"{key}.rollout=true",)
-    named = [
-        f"a reply under another name:  {key}.columns.completion={column}" for column in unread if "." not in column
-    ]
+    plain = [column for column in unread if "." not in column][:3]
     words = " ".join(["data=files", *source_overrides(name, source)])
     return "they have no reply to learn from", (
-        *named[:3],
+        *(f"a reply under another name:  {key}.columns.completion={column}" for column in plain),
         "learn from the policy's own replies:  objective=grpo rollout.completions=8 reward=NAME",
         f"have a model answer them first:  uft generate model=NAME {words}",
     )

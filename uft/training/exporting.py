@@ -9,6 +9,7 @@ import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message
 from uft.errors import Problem, UftError
 from uft.model.export import export, older_reader
-from uft.model.gguf import modelfile, require_described, require_package, write_gguf
+from uft.model.gguf import modelfile, require_described, write_gguf
 from uft.model.load import (
     checkpoint_config,
     checkpoint_policy,
@@ -101,8 +102,9 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     if wanted.adapter and (wanted.gguf or wanted.ollama):
         raise UftError(Problem("--adapter", "is a part of a model, and GGUF holds a whole one", "command line"))
     described = wanted.gguf or wanted.ollama
-    if described:
-        require_package()
+    if described and find_spec("gguf") is None:
+        advice = ("pip install 'uft-lm[gguf]'",)
+        raise UftError(Problem("--gguf", "needs the package gguf, which is not installed", advice=advice))
     config, policy = trained_policy(source)
     if wanted.adapter and not policy.has_adapter:
         raise UftError(Problem("--adapter", f"{source.name} was trained without one", advice=("leave --adapter out",)))
@@ -117,8 +119,12 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     if config.train.check_model:
         what = f"log-probs of {min(len(rows), CHECKED)} conversations and greedy answers"
         say(f"read back with plain transformers: {what} are those of the run, up to rounding")
-    if wanted.adapter:
-        keep_adapter(to)
+    if wanted.adapter:  # it stands beside the merged model, which goes
+        for path in [*to.glob("*.safetensors*"), to / "config.json", to / "generation_config.json"]:
+            path.unlink(missing_ok=True)
+        for path in (to / "adapter").iterdir():
+            shutil.move(str(path), to / path.name)
+        (to / "adapter").rmdir()
     elif why := older_reader(to):
         say(f"transformers 4.57 may read it as another model: {why}")
     file = to / f"{to.resolve().name}.gguf"
@@ -157,12 +163,3 @@ def conversations(run: Run, renderer: Renderer) -> list[Tokens]:
     pairs = {one["prompt"]: one["reply"] for one in answered} | QUESTIONS
     turns = (((Message("user", prompt),), (Message("assistant", reply),)) for prompt, reply in pairs.items())
     return [tokens for prompt, reply in turns if (tokens := renderer.encode(prompt, reply)).targets]
-
-
-def keep_adapter(folder: Path) -> None:
-    """Leave the adapter alone in a folder that has it beside the merged model, and the tokenizer."""
-    for path in [*folder.glob("*.safetensors*"), folder / "config.json", folder / "generation_config.json"]:
-        path.unlink(missing_ok=True)
-    for path in (folder / "adapter").iterdir():
-        shutil.move(str(path), folder / path.name)
-    (folder / "adapter").rmdir()

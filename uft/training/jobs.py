@@ -21,31 +21,27 @@ from uft.data.rows import Kind
 from uft.errors import GOOD, UftError
 from uft.heartbeat import activity
 from uft.model.load import at_path, empty_policy
-from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
+from uft.model.memory import estimate, matrix_rate, peak_memory, shape_of, step_flops, used_memory
 from uft.model.policy import DTYPES
 from uft.model.precision import resolve_dtype
 from uft.model.reference import choose_mode
 from uft.objectives import make
 from uft.objectives.views import kind_table, uses_of
 from uft.runs import Run
-from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import card, count
 from uft.training.card import stage_card, start_card
 from uft.training.dataset import StageData, has_made_rows, make_sampler, read_run_data
-from uft.training.liveness import listening
-from uft.training.making import annotate, drawn_sources, generate, job_console, say_on, select
+from uft.training.making import annotate, drawn_sources, generate, job, job_console, say_on, select
 from uft.training.measuring import measure
 from uft.training.setup import (
     Prepared,
-    Stopped,
+    Work,
     check_start,
-    choose_device,
     pause,
-    planned_memory,
     prepare_stage,
     reference_settings,
 )
-from uft.training.trainer import oom_advice
+from uft.training.trainer import oom_advice, tokens_per_pass
 
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
 PREVIEW_ROWS = 200_000
@@ -54,46 +50,39 @@ GIGABYTE = 1e9
 NOT_THERE = "its rows are made by a stage before it, and are checked when they are there"
 
 
-def check(config: Config) -> int:
+@job
+def check(work: Work) -> None:
     """Prepare every stage as `train` does, in a folder that vanishes, and take its largest step; train nothing.
 
     Every stage starts from the run's first model here: the models that stages leave have the same shape.
     """
-    console, stages, device = job_console(), stages_of(config), choose_device(config.hardware)
-    say = say_on(console)
+    config, say, stages = work.config, work.say, stages_of(work.config)
     for stage in stages:
         if stage.do == "fit":
-            say(f"{stage.name} {paper_plan(stage.config, device)}".lstrip())
+            say(f"{stage.name} {paper_plan(stage.config, work.device)}".lstrip())
     say("")
-    before = used_memory(device) if len(stages) == 1 else None
-    with tempfile.TemporaryDirectory(prefix="uft-check-") as folder, listening() as stop:
+    before = used_memory(work.device) if len(stages) == 1 else None
+    with tempfile.TemporaryDirectory(prefix="uft-check-") as folder:
         run = Run(Path(folder))
-        try:
-            data = read_run_data(run, config, stages)
-            pause(stop)
-            for stage in stages:
-                prepared = None
-                if stage.name in data.stages:
-                    prepared = prepare_stage(
-                        run, config, stage, stage.config.model, data, device, stop, lambda text: None
-                    )
-                if stage is stages[0]:
-                    lines = stage_card(prepared) if prepared and not stage.name else ()
-                    overview = start_card(run, config, stages, data, "nothing is tracked", lines)
-                    say(card([line for line in overview if line[0] not in ("run", "output")]))
-                if stage.name:
-                    say(f"\nstage {stage.number} of {len(stages)}: {stage.name} ({stage.do})")
-                    own = [line for line in stage_card(prepared) if line[0] != "evaluation"] if prepared else []
-                    say(card(own) if prepared else f"  {rows_there(stage.config)}")
-                if prepared:
-                    check_start(prepared.trainer, prepared.reference)
-                    say(f"\n{largest_step(prepared, before)}")
-                    pause(stop)
-        except Stopped:
-            say("stopped")
-            return stop.exit_code
+        data = read_run_data(run, config, stages)
+        pause(work.stop)
+        for stage in stages:
+            prepared = None
+            if stage.name in data.stages:
+                prepared = prepare_stage(replace(work, say=lambda text: None), stage, stage.config.model, data)
+            if stage is stages[0]:
+                lines = stage_card(prepared) if prepared and not stage.name else ()
+                overview = start_card(run, config, stages, data, "nothing is tracked", lines)
+                say(card([line for line in overview if line[0] not in ("run", "output")]))
+            if stage.name:
+                say(f"\nstage {stage.number} of {len(stages)}: {stage.name} ({stage.do})")
+                own = [line for line in stage_card(prepared) if line[0] != "evaluation"] if prepared else []
+                say(card(own) if prepared else f"  {rows_there(stage.config)}")
+            if prepared:
+                check_start(prepared.trainer, prepared.reference)
+                say(f"\n{largest_step(prepared, before)}")
+                pause(work.stop)
     say("\nAll is well: the same request will train.  No run was made.")
-    return GOOD
 
 
 def show_data(config: Config) -> int:
@@ -176,7 +165,7 @@ def paper_plan(config: Config, device: torch.device) -> str:
     policy = empty_policy(config.model)
     if config.hardware.sharding != "full":
         policy.cast_once()
-    parts = planned_memory(config, shape_of(policy), mode, other=other)
+    parts = estimate(config, shape_of(policy), tokens_per_pass(config), mode, other)
     devices = config.hardware.processes * config.hardware.nodes
     where = f"each of {devices} devices" if devices > 1 else "one device"
     named = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
@@ -196,8 +185,12 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     tokens, supervised, sampled = 0, 0, ""
     seconds = 0.0
     if trainer.rollouts:
-        longest = trainer.rollouts.take(config.train.batch_size)
-        sampled = rollout_cost(trainer.rollouts)
+        rollouts, most = trainer.rollouts, config.rollout.max_new_tokens
+        longest = rollouts.take(config.train.batch_size)
+        lengths = [len(reply.log_probs) for group in rollouts.latest for reply in group.replies]
+        mean = sum(lengths) / max(1, len(lengths))
+        sampled = f"rollouts: {len(lengths)} completions of {mean:.0f} tokens on average in {rollouts.seconds:.1f} s"
+        sampled += f", up to {rollouts.seconds * most / max(mean, 1):.1f} s if all had {most}\n"
     if longest:
         batches = trainer.collator(longest)
         started = time.perf_counter()
@@ -221,14 +214,6 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     rate = config.hardware.processes * config.hardware.nodes * matrix_rate(device, DTYPES[trainer.policy.dtype])
     pace = f"  {count(work)}FLOP at {count(rate)}FLOP/s, as large matrices are multiplied here"
     return "\n".join([line, memory, f"{pace}: {work / rate:.1f} s at best"])
-
-
-def rollout_cost(rollouts: RolloutSampler) -> str:
-    """A line about the first rollout, and what it would take if every completion were as long as it may be."""
-    lengths = [len(reply.log_probs) for group in rollouts.latest for reply in group.replies]
-    seconds, most, mean = rollouts.seconds, rollouts.settings.max_new_tokens, sum(lengths) / max(1, len(lengths))
-    line = f"rollouts: {len(lengths)} completions of {mean:.0f} tokens on average in {seconds:.1f} s"
-    return f"{line}, up to {seconds * most / max(mean, 1):.1f} s if all had {most}\n"
 
 
 JOBS: dict[str, Callable[[Config], int]] = {

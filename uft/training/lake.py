@@ -205,18 +205,6 @@ def losses(objective: Objective, batch: Batch, nets: Forward, reference: Forward
     return torch.stack([rows * t.weight * t.total / t.count for t in loss.values() if t.weight]).sum()
 
 
-def descend(nets: Nets, squares: Sequence[Tensor], loss: Tensor, rate: Tensor, optimiser: str) -> None:
-    """One update of every net at its own `rate` (K, 1, 1): torch's RMSprop (alpha 0.99, eps 1e-8), or plain descent."""
-    gradients = torch.autograd.grad(loss, nets.weights)
-    with torch.no_grad():
-        for weight, gradient, square in zip(nets.weights, gradients, squares, strict=True):
-            if optimiser == "sgd":
-                weight -= 10 * rate * gradient
-            else:
-                square.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
-                weight -= rate * gradient / (square.sqrt() + 1e-8)
-
-
 @plain_dataclass(frozen=True)
 class Measure:
     """Mean squared difference from the optimal policy at the design's cells."""
@@ -260,14 +248,21 @@ def learn(arm: str, design: Design, lakes: Sequence[Lake], measure: Measure) -> 
     squares = [torch.zeros_like(weight) for weight in nets.weights]
     rate = torch.tensor(rates, dtype=torch.float64).repeat_interleave(len(rows) // len(rates)).view(-1, 1, 1)
     objective, generator = make({"name": arm, **ARMS[arm]}), torch.Generator().manual_seed(0)
-    batch, found = shown(arm, rows, design.negative), list[Tensor]()
+    batch, measured = shown(arm, rows, design.negative), list[Tensor]()
     for step in range(marks[-1]):
         batch = sampled(nets, rows, generator) if objective.needs.rollouts else batch
         loss = losses(objective, batch, nets, reference, StepContext(step, marks[-1]))
-        descend(nets, squares, loss, rate, design.optimiser)
+        gradients = torch.autograd.grad(loss, nets.weights)
+        with torch.no_grad():
+            for weight, gradient, square in zip(nets.weights, gradients, squares, strict=True):
+                if design.optimiser == "sgd":
+                    weight -= 10 * rate * gradient
+                else:  # torch's RMSprop (alpha 0.99, eps 1e-8), every net at its own rate
+                    square.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
+                    weight -= rate * gradient / (square.sqrt() + 1e-8)
         if step + 1 in marks:
-            found.append(measure(nets, design.seeds))
-    distances = torch.cat(found)  # (stops and rates, maps, seeds)
+            measured.append(measure(nets, design.seeds))
+    distances = torch.cat(measured)  # (stops and rates, maps, seeds)
     chosen = distances.mean(-1).argmin(0)
     return distances[chosen, torch.arange(len(lakes))]
 

@@ -186,11 +186,11 @@ def moved_bytes() -> int:
     Page faults are counted too: memory-mapped files are read by these alone, and some file systems count no reads.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
-    found = (used.ru_minflt + used.ru_majflt) * resource.getpagesize() + (used.ru_inblock + used.ru_oublock) * BLOCK
+    moved = (used.ru_minflt + used.ru_majflt) * resource.getpagesize() + (used.ru_inblock + used.ru_oublock) * BLOCK
     with suppress(OSError, ValueError):  # Linux alone has it
         read, written = Path("/proc/self/io").read_text().splitlines()[:2]
-        found += int(read.removeprefix("rchar: ")) + int(written.removeprefix("wchar: "))
-    return found
+        moved += int(read.removeprefix("rchar: ")) + int(written.removeprefix("wchar: "))
+    return moved
 
 
 # --- Stopping at a safe point: a signal sets a flag; the loop, the evaluation and generation look at it between steps.

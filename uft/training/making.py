@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ from uft.sampling.rollouts import score_of, unjudged, weights_of
 from uft.tracking.console import printable_lines, table_console
 from uft.training.choosing import choose_rows
 from uft.training.dataset import make_renderer
-from uft.training.liveness import Stop, listening
-from uft.training.setup import Say, choose_device, loaded_policy
+from uft.training.liveness import listening
+from uft.training.setup import Say, Stopped, Work, choose_device, loaded_policy
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,24 @@ def job_console() -> Console:
 
 def say_on(console: Console) -> Say:
     return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def job(work_on: Callable[[Work], None]) -> Callable[[Config], int]:
+    """The job that `work_on` does, which a signal ends at a safe point; it returns the exit code."""
+
+    @wraps(work_on)
+    def run(config: Config) -> int:
+        say, device = say_on(job_console()), choose_device(config.hardware)
+        with listening() as stop:
+            work = Work(config, device, stop, say)
+            try:
+                work_on(work)
+            except (Stopped, Interrupted):
+                say(work.stopped)
+                return stop.exit_code
+        return GOOD
+
+    return run
 
 
 def drawn_sources(config: Config, say: Say = lambda line: None) -> list[LoadedSource]:
@@ -68,18 +87,16 @@ def drawn_sources(config: Config, say: Say = lambda line: None) -> list[LoadedSo
 # --- Sampling completions of the training prompts: the job `generate`, and stages that do it.
 
 
-def generate(config: Config) -> int:
+@job
+def generate(work: Work) -> None:
     """Sample completions of the training prompts and write them as rows, or answer `generate.prompts`."""
-    say, device = say_on(job_console()), choose_device(config.hardware)
+    config, say = work.config, work.say
     if config.generate.prompts is not None:
-        return answer(config, device, say)
+        answer(work)
+        return
     out = Path(config.generate.out or "generated.jsonl")
-    with listening() as stop:
-        try:
-            summary = sample_rows(config, drawn_sources(config, say), out, config.model.path, device, stop, say)
-        except Interrupted:
-            say(f"stopped; what is done is in {out}. Run the same command to continue.")
-            return stop.exit_code
+    work.stopped = f"stopped; what is done is in {out}. Run the same command to continue."
+    summary = sample_rows(work, drawn_sources(config, say), out, config.model.path)
     repeats = ", or equal to the row's own" if config.generate.repeats == "drop" else ""
     with open(summary.path, encoding="utf-8") as handle:
         shown = [json.loads(line) for line in islice(handle, ANSWERS_SHOWN)]
@@ -99,37 +116,30 @@ def generate(config: Config) -> int:
         f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
         f" model={config.model.name}"
     )
-    return GOOD
 
 
-def answer(config: Config, device: torch.device, say: Say) -> int:
+def answer(work: Work) -> None:
     """Answer the prompts of `generate.prompts` and show the answers; the rows go to `generate.out`, if it is set."""
-    settings = config.generate
+    config, settings = work.config, work.config.generate
     prompts = read_prompts(Path(str(settings.prompts)))[: settings.limit]
     out = Path(settings.out) if settings.out else None
-    renderer, policy = load_sampler(config, device)
+    renderer, policy = load_sampler(config, work.device)
 
     def show(prompt: Turns, answers: Sequence[Answer]) -> None:
-        say(shown_answer(prompt[-1].content, [one.told(settings) for one in answers]) + "\n")
+        work.say(shown_answer(prompt[-1].content, [one.told(settings) for one in answers]) + "\n")
 
-    with listening() as stop:
-        try:
-            answer_prompts(
-                policy,
-                renderer,
-                prompts,
-                settings,
-                out,
-                sampled_by=config.model.path,
-                show=show,
-                should_stop=stop.between_passes,
-            )
-        except Interrupted:
-            say("stopped")
-            return stop.exit_code
+    answer_prompts(
+        policy,
+        renderer,
+        prompts,
+        settings,
+        out,
+        sampled_by=config.model.path,
+        show=show,
+        should_stop=work.stop.between_passes,
+    )
     if out:
-        say(f"kept in {shown(out)}")
-    return GOOD
+        work.say(f"kept in {shown(out)}")
 
 
 ANSWERS_SHOWN = 2  # whole ones, of the prompts that completions were sampled for
@@ -141,40 +151,32 @@ def shown_answer(prompt: str, answers: Sequence[str]) -> str:
     return "\n".join([*lines, *("  " + printable_lines(text).replace("\n", "\n  ") for text in answers)])
 
 
-def generate_stage(
-    config: Config, folder: Path, sampled_by: str, device: torch.device, stop: Stop, say: Say
-) -> dict[str, Any]:
+def generate_stage(work: Work, folder: Path, sampled_by: str) -> dict[str, Any]:
     """`rows.jsonl` in the stage's folder; counts of what was made. Goes on by whole lines after a stop.
 
     Raises Interrupted when asked to stop.
     """
-    out, part, sources = folder / ROWS, folder / ".rows.part.jsonl", drawn_sources(config, say)
+    config = work.config
+    out, part, sources = folder / ROWS, folder / ".rows.part.jsonl", drawn_sources(config, work.say)
     if out.is_file():  # the last session ended right after the rename
         made = summary_of(out, sources, config.generate)
     else:
-        made = sample_rows(config, sources, part, sampled_by, device, stop, say)
+        made = sample_rows(work, sources, part, sampled_by)
         if not made.rows:
             repeats = " or equal to the row's own" if config.generate.repeats == "drop" else ""
             why = f"all {made.left_out:,} samples are without text, cut before their end{repeats}: nothing to train on"
             raise UftError(Problem(f"generate.max_new_tokens={config.generate.max_new_tokens}", why), code=FAILED)
         ranks().on_rank0(lambda: os.replace(part, out))
     made_of = {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
-    say("  ".join(f"{name}: {number:,}" for name, number in made_of.items()))
+    work.say("  ".join(f"{name}: {number:,}" for name, number in made_of.items()))
     return made_of
 
 
-def sample_rows(
-    config: Config,
-    sources: Sequence[LoadedSource],
-    out: Path,
-    sampled_by: str,
-    device: torch.device,
-    stop: Stop,
-    say: Say,
-) -> Summary:
+def sample_rows(work: Work, sources: Sequence[LoadedSource], out: Path, sampled_by: str) -> Summary:
     """Append samples of the rows to `out`. Raises Interrupted when asked to stop, and what `generate_rows` raises."""
+    config = work.config
     score = make_scorer(config, sources) if config.generate.score else None
-    renderer, policy = load_sampler(config, device)
+    renderer, policy = load_sampler(config, work.device)
     return generate_rows(
         policy,
         renderer,
@@ -183,8 +185,8 @@ def sample_rows(
         out,
         sampled_by=sampled_by,
         score=score,
-        should_stop=stop.between_passes,
-        progress=lambda done, of: say(f"{done} of {of} prompts"),
+        should_stop=work.stop.between_passes,
+        progress=lambda done, of: work.say(f"{done} of {of} prompts"),
     )
 
 
@@ -237,55 +239,43 @@ class AnnotatedSource:
     without: int  # completions that have no such number
 
 
-def annotate(config: Config) -> int:
+@job
+def annotate(work: Work) -> None:
     """Write the column that `config.annotate` asks for."""
-    say, column = say_on(job_console()), config.annotate.column
+    config, say, column = work.config, work.say, work.config.annotate.column
     if column is None:
         advice = f"uft annotate COLUMN, one of  {', '.join(ANNOTATORS)}"
         raise UftError(Problem("uft annotate", "which column is not said", advice=(advice,)))
-    out, device = Path(config.annotate.out or "annotated"), choose_device(config.hardware)
-    with listening() as stop:
-        try:
-            written = write_column(config, out, device, stop, say)
-        except Interrupted:
-            say("stopped; what the models said so far is kept. Run the same command to continue.")
-            return stop.exit_code
+    work.stopped = "stopped; what the models said so far is kept. Run the same command to continue."
+    written = write_column(work, Path(config.annotate.out or "annotated"))
     for name, one in written.items():
         number = f"{one.completions - one.without:,} of {one.completions:,} completions have {column}"
         say(f"{name}: {number}; in {one.rows}")
     say(f"train on them:  {train_command(config.data, column, written)}")
-    return GOOD
 
 
-def annotate_stage(
-    config: Config, folder: Path, sampled_by: str, device: torch.device, stop: Stop, say: Say
-) -> dict[str, Any]:
+def annotate_stage(work: Work, folder: Path, sampled_by: str) -> dict[str, Any]:
     """`rows.jsonl` in the stage's folder, or `rows/SOURCE.jsonl` of several sources; counts of what was made.
 
     Raises Interrupted when asked to stop, with the models' numbers kept for the next session.
     """
-    several = sum(source.share != 0 for source in config.data.sources.values()) > 1
+    several = sum(source.share != 0 for source in work.config.data.sources.values()) > 1
     out = folder / ("rows" if several else ROWS)
-    written = ranks().on_rank0(lambda: write_column(config, out, device, stop, say)).values()
+    written = ranks().on_rank0(lambda: write_column(work, out)).values()
     return {"completions": sum(one.completions for one in written), "without": sum(one.without for one in written)}
 
 
 @activity("rows were annotated", moving=True)
-def write_column(
-    config: Config,
-    out: Path,
-    device: torch.device,
-    should_stop: Callable[[], bool] = lambda: False,
-    say: Say = lambda line: None,
-) -> dict[str, AnnotatedSource]:
-    """Write the rows of every source that is drawn from with `config.annotate.column` (see ANNOTATORS) beside them.
+def write_column(work: Work, out: Path) -> dict[str, AnnotatedSource]:
+    """Write the rows of every source that is drawn from with `annotate.column` (see ANNOTATORS) beside them.
 
     `out`: a .jsonl file, if there is one source, else a folder with one file per source. Files appear by rename once
     all is known. Precision and kernels of the models that are asked are those of `config.model`.
     Raises UftError about the data, the models or `out`, and Interrupted when told to stop, with the models' numbers
     kept for the next time.
     """
-    column, sources = str(config.annotate.column), drawn_sources(config, say)
+    config, column = work.config, str(work.config.annotate.column)
+    sources = drawn_sources(config, work.say)
     files = {source.name: out if out.suffix == ".jsonl" else out / f"{source.name}.jsonl" for source in sources}
     if len(set(files.values())) < len(sources):
         why = f"one file holds one source, and there are {len(sources)}: {', '.join(files)}"
@@ -295,14 +285,14 @@ def write_column(
     written_to = [*files.values(), *(apart[source.name] for source in sources if source.apart)]
     check_files(sources, written_to, config.data, "annotate")
     recipe = Recipe(
-        device=device,
+        device=work.device,
         cache=cache_root(config.data.cache),
         models=[frozen_settings(config.model, path) for path in config.annotate.models],
         temperature=config.annotate.temperature,
         batch_tokens=config.annotate.batch_tokens,
         too_long=config.data.too_long,
-        should_stop=should_stop,
-        say=say,
+        should_stop=work.stop,
+        say=work.say,
     )
     given = {}
     for source in sources:  # rows that data.holdout sets apart stay in their order in the file
@@ -379,39 +369,32 @@ def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource
 # --- Choosing rows of a mixture: the job `select`, and stages that do it.
 
 
-def select(config: Config) -> int:
+@job
+def select(work: Work) -> None:
     """Write the rows that `config.select` chooses."""
-    say, device, out = say_on(job_console()), choose_device(config.hardware), Path(config.select.out or "selected")
-    with listening() as stop:
-        try:
-            counts = select_stage(config, out, "", device, stop, say)
-        except Interrupted:
-            say("stopped; nothing was written.")
-            return stop.exit_code
-    say(f"{counts['rows']:,} of {counts['candidates']:,} candidates are kept; rows and scores.jsonl in {out}")
-    say(f"train on them:  uft train data={typed_path(out / 'rows.jsonl')}")
-    return GOOD
+    out, work.stopped = Path(work.config.select.out or "selected"), "stopped; nothing was written."
+    counts = select_stage(work, out, "")
+    work.say(f"{counts['rows']:,} of {counts['candidates']:,} candidates are kept; rows and scores.jsonl in {out}")
+    work.say(f"train on them:  uft train data={typed_path(out / 'rows.jsonl')}")
 
 
-def select_stage(
-    config: Config, folder: Path, sampled_by: str, device: torch.device, stop: Stop, say: Say
-) -> dict[str, Any]:
+def select_stage(work: Work, folder: Path, sampled_by: str) -> dict[str, Any]:
     """`rows.jsonl` in the stage's folder, or `rows/SOURCE.jsonl` of several sources; counts of what was chosen.
 
     Raises Interrupted when asked to stop; the next session begins again.
     """
-    sources = drawn_sources(config, say)
+    sources = drawn_sources(work.config, work.say)
     files = {source.name: folder / "rows" / f"{source.name}.jsonl" for source in sources}
     files = files if len(files) > 1 else dict.fromkeys(files, folder / ROWS)
-    check_files(sources, list(files.values()), config.data, "select")
-    chosen, counts = ranks().on_rank0(lambda: choose_rows(config, sources, folder, device, stop, say))
+    check_files(sources, list(files.values()), work.config.data, "select")
+    chosen, counts = ranks().on_rank0(lambda: choose_rows(work, sources, folder))
     for name, file in files.items() if ranks().is_rank0 else ():
         write_rows(file, [row for row in chosen if row.source == name])
     ranks().barrier()
     return {"rows": len(chosen), **counts}
 
 
-ROW_STAGES: dict[str, Callable[[Config, Path, str, torch.device, Stop, Say], dict[str, Any]]] = {
+ROW_STAGES: dict[str, Callable[[Work, Path, str], dict[str, Any]]] = {
     "generate": generate_stage,
     "annotate": annotate_stage,
     "select": select_stage,

@@ -11,6 +11,7 @@ one stage is the one before the next.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import shlex
@@ -48,6 +49,7 @@ from uft.training.liveness import Stop, watching
 from uft.training.setup import (
     Prepared,
     Stopped,
+    Work,
     check_positions,
     check_record,
     check_start,
@@ -87,10 +89,13 @@ def run_console(run: Run) -> Iterator[Console]:
     with nullcontext(sys.stdout) if is_rank0 else open(os.devnull, "w") as stream:
         with writing(run.path / "console.log", code=BAD_REQUEST):
             console = Console(stream, run.path / "console.log" if is_rank0 else None)
+        handler, logger = logging.Handler(logging.WARNING), logging.getLogger("uft")
+        handler.emit = lambda record: console.message(record.getMessage())  # type: ignore[method-assign]
+        logger.addHandler(handler)
         try:
-            with console.hearing():
-                yield console
+            yield console
         finally:
+            logger.removeHandler(handler)
             console.close()
 
 
@@ -110,6 +115,10 @@ class Session:
     trainer: Trainer | None = None  # of the stage that trains
     opened: bool = False  # whether this session has written anything: a bad request is refused before that
     data: RunData = field(init=False)
+
+    @property
+    def work(self) -> Work:
+        return Work(self.config, self.device, self.stop, self.console.message)
 
     def begin(self) -> None:
         """Find out where the run stands, and read and check the data of all stages."""
@@ -159,14 +168,13 @@ class Session:
             self.data.read_training(stage)
             self.data.stages[stage.name].refuse_other_data(folder)
             ranks().on_rank0(lambda: self._write_data(stage))
-        say, model = self.console.message, self.start_model(stage)
-        prepared = prepare_stage(self.run, self.config, stage, model, self.data, self.device, self.stop, say)
+        prepared = prepare_stage(self.work, stage, self.start_model(stage), self.data)
         trainer, renderer = prepared.trainer, prepared.data.dataset.renderer
         for other in self.stages:  # rows of later stages that do not fit are told before the first step
             if other.name in self.data.stages:
                 check_positions(trainer.policy, self.data.stages[other.name], other.config)
         checks = check_record(prepared, check_start(trainer, prepared.reference))
-        step = resume(trainer, say)
+        step = resume(trainer, self.console.message)
         if step < 0 and ranks().is_rank0:
             write_json(folder.path / "check.json", checks)
         self.data.steps[stage.name] = trainer.steps  # of the checkpoint, unless it was extended
@@ -223,7 +231,7 @@ class Session:
         sampled_by = f"stage:{trained[-1].name}" if trained else stage.config.model.path
         from uft.training.making import ROW_STAGES  # here: most runs make no rows, and start without these imports
 
-        return ROW_STAGES[stage.do](config, folder.path, sampled_by, self.device, self.stop, self.console.message)
+        return ROW_STAGES[stage.do](replace(self.work, config=config), folder.path, sampled_by)
 
     def _start_tracking(self, resumed_step: int, stage_lines: Card = ()) -> None:
         """Before the first line of this session: record data and machine, start the tracker, show the card.
@@ -263,14 +271,14 @@ class Session:
 
     def _read_results(self) -> tuple[dict[str, dict[str, Any]], bool]:
         """(results of the stages that are finished, whether there are any or a checkpoint)."""
-        found: dict[str, dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
             result = self.folder(stage).result()
             if result.get("status") != "finished":
                 checkpoint.recover(self.folder(stage))
-                return found, bool(found or self.folder(stage).checkpoints())
-            found[stage.name] = result
-        return found, True
+                return results, bool(results or self.folder(stage).checkpoints())
+            results[stage.name] = result
+        return results, True
 
     @property
     def before(self) -> Progress:
@@ -401,7 +409,8 @@ class Recorder:
         trainer.publish_pending_checkpoint()
         return complete
 
-    def after_step(self, trainer: Trainer, step: Step) -> None:
+    def __call__(self, trainer: Trainer, step: Step) -> None:
+        """After a step."""
         self.tokens += step.tokens
         self.supervised += step.supervised_tokens
         number, cfg = trainer.progress.step, trainer.config.train

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from uft.heartbeat import activity
 from uft.model import checkpoint
 from uft.model.layout import compile_blocks, compiles, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
-from uft.model.memory import Shape, Spread, estimate, hidden_matrices, keep_freed_memory, shape_of
+from uft.model.memory import estimate, hidden_matrices, keep_freed_memory, shape_of
 from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout, preserved_rng
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Needs, Objective, StepContext
@@ -72,6 +72,17 @@ STAYS: dict[str, Any] = {"mode": "auto", "sync_every": None}
 Say = Callable[[str], None]
 
 
+@dataclass
+class Work:
+    """A job, or a stage of a run: its settings, the device, the signals that end it, and who hears of it."""
+
+    config: Config
+    device: torch.device = torch.device("cpu")
+    stop: Stop = field(default_factory=Stop)
+    say: Say = lambda line: None
+    stopped: str = "stopped"  # what is said where a signal ended it
+
+
 class Stopped(Exception):
     """Asked to stop before there was anything new worth a checkpoint."""
 
@@ -90,26 +101,28 @@ class Prepared:
         """Warnings about the run that its card and `check.json` repeat."""
         trainer, objective, config = self.trainer, self.data.objective, self.trainer.config
         idle, share = unused_adapters(trainer), unmoved_share(trainer.parameters, config.optim)
-        unused = f"has no part in objective={objective.name}"
-        found = [
-            (config.model.trust_remote_code, REMOTE_CODE),
-            (
-                idle,
-                f"{len(idle)} adapters never act, since the model does not call their layers: {', '.join(idle[:3])}",
-            ),
-            (
-                share > UNMOVED and config.optim.name != "sgd",
-                f"{share:.0%} of the trained weights are too large for steps of {config.optim.lr:g} {IN_BFLOAT16}",
-            ),
-            (config.teacher.path and not objective.needs.teacher, f"teacher.path={config.teacher.path} {unused}"),
-            (config.reference.sync_every and not trainer.synced_reference, f"reference.sync_every {unused}"),
-            (
-                trainer.rollouts and config.rollout.engine != "own",
-                f"rollout.engine={config.rollout.engine}: {UNREPEATABLE}",
-            ),
-            (objective.needs.mismatched and config.train.batch_size == 1, ONE_ROW),
-        ]
-        holding = [*(text for holds, text in found if holds), *idle_keys(config)]
+        unused, optim = f"has no part in objective={objective.name}", config.optim
+        holding = [REMOTE_CODE] if config.model.trust_remote_code else []
+        if idle:
+            names = ", ".join(idle[:3])
+            holding.append(f"{len(idle)} adapters never act, since the model does not call their layers: {names}")
+        if share > UNMOVED and optim.name != "sgd":
+            what = f"{share:.0%} of the trained weights are too large"
+            holding.append(f"{what} for steps of {optim.lr:g} {IN_BFLOAT16}")
+        if config.teacher.path and not objective.needs.teacher:
+            holding.append(f"teacher.path={config.teacher.path} {unused}")
+        if config.reference.sync_every and not trainer.synced_reference:
+            holding.append(f"reference.sync_every {unused}")
+        if trainer.rollouts and config.rollout.engine != "own":
+            holding.append(f"rollout.engine={config.rollout.engine}: {UNREPEATABLE}")
+        if objective.needs.mismatched and config.train.batch_size == 1:
+            holding.append(ONE_ROW)
+        settings, plain = asdict(config), asdict(Config())
+        for group, (switch, values) in WITHOUT_PART.items():
+            state = value_at(settings, tuple(switch.split(".")))
+            for key, value in flat({group: value_at(settings, tuple(group.split(".")))}):
+                if state in values and key != switch and value != value_at(plain, tuple(key.split("."))):
+                    holding.append(f"{key}={written(value)} does nothing: {switch}={written(state)}")
         certain = counted_as_certain(self.data.sampler, objective)
         return [*holding, *objective.cautions(), *certain, *data_cautions(self.data.record)]
 
@@ -124,44 +137,27 @@ class Prepared:
         """As `memory`, for a largest micro-batch of `tokens`."""
         mode, forward = (self.reference.mode, self.reference.forward) if self.reference else (None, None)
         other = shape_of(forward.policy) if isinstance(forward, Frozen) else None
-        return planned_memory(self.trainer.config, shape_of(self.trainer.policy), mode, tokens, other)
+        return estimate(self.trainer.config, shape_of(self.trainer.policy), tokens, mode, other)
 
 
-def idle_keys(config: Config) -> list[str]:
-    """A caution for each key that is not at its default and does nothing beside another one."""
-    settings, cautions = asdict(config), []
-    plain = asdict(Config())
-    for group, (switch, values) in WITHOUT_PART.items():
-        state = value_at(settings, tuple(switch.split(".")))
-        for key, value in flat({group: value_at(settings, tuple(group.split(".")))}):
-            if state in values and key != switch and value != value_at(plain, tuple(key.split("."))):
-                cautions.append(f"{key}={written(value)} does nothing: {switch}={written(state)}")
-    return cautions
-
-
-def prepare_stage(
-    run: Run, config: Config, stage: Stage, model: Model, data: RunData, device: torch.device, stop: Stop, say: Say
-) -> Prepared:
+def prepare_stage(work: Work, stage: Stage, model: Model, data: RunData) -> Prepared:
     """`prepare` a stage of a run that starts from `model`, with the references that the run gives it."""
-    initial, own = config.model, replace(stage.config, model=model)
+    config, initial, own = work.config, work.config.model, replace(stage.config, model=model)
     if stage.reference == "initial" and model.path != initial.path:
         own = replace(own, reference=replace(own.reference, path=initial.path))
     reference = (initial if own.reference.path == initial.path else model, own.reference)
-    part, folder = data.stages[stage.name], Run(run.path / stage.folder)
+    part, folder = data.stages[stage.name], Run(data.run.path / stage.folder)
     eval_reference = None
     if stage.name and data.held_out:
         # named by its path, so that it is the same model in every stage, with and without an adapter
         eval_reference = (initial, replace(config.reference, path=config.reference.path or initial.path, **STAYS))
     reference_model = None if part.objective.needs.teacher else reference
-    return prepare(folder, own, device, stop, say, part, reference_model, eval_reference)
+    return prepare(folder, replace(work, config=own), part, reference_model, eval_reference)
 
 
 def prepare(
     run: Run,
-    config: Config,
-    device: torch.device,
-    stop: Stop,
-    say: Say = lambda text: None,
+    work: Work,
     data: StageData | None = None,
     reference_model: tuple[Model, ReferenceModel] | None = None,
     eval_model: tuple[Model, ReferenceModel] | None = None,
@@ -172,6 +168,7 @@ def prepare(
     configuration's own model; `eval_model`: likewise for the evaluation, by default the objective's reference.
     Raises Stopped at a safe point after `stop` was set, and UftError about the request.
     """
+    config, device, stop = work.config, work.device, work.stop
     tokenizer = data.dataset.renderer.tokenizer if data else load_tokenizer(config.model)
     if data is None:
         data = StageData.of(config, read_train_data(config, tokenizer))
@@ -179,7 +176,7 @@ def prepare(
     pause(stop)
     needs, hardware = objective.needs, config.hardware
     set_sharding(Sharding(hardware.reshard, hardware.offload) if hardware.sharding == "full" else None)
-    say("loading the model")
+    work.say("loading the model")
     policy = loaded_policy(config, device, tokenizer)
     check_use(policy, config, objective)
     check_positions(policy, data, config)
@@ -188,7 +185,7 @@ def prepare(
     if not ranks().sharded:
         policy.cast_once()
     if compiles(config.model.compile, device):
-        say("compiling the model")
+        work.say("compiling the model")
         compile_blocks(policy, asked=config.model.compile is not None)
     pause(stop)
     objective.start(sampler.row_count)
@@ -210,7 +207,7 @@ def prepare(
             rollouts=config.rollout.completions > 0,
             key=key,
         )
-        _cache_reference(reference, data, config, stop, say)
+        _cache_reference(reference, data, work)
     another = needs.teacher or config.reference.sync_every is not None  # than the initial policy
     if eval_model is None and dataset.held_out and (reference is None or another):
         eval_model = (config.model, replace(config.reference, **STAYS))
@@ -265,11 +262,11 @@ def longest_mismatched(dataset: TrainData, max_length: int) -> int:
     return min(max_length, max(prompt for prompt, _ in sides) + max(reply for _, reply in sides))
 
 
-def _cache_reference(reference: Reference, data: StageData, config: Config, stop: Stop, say: Say) -> None:
+def _cache_reference(reference: Reference, data: StageData, work: Work) -> None:
     """Compute a cached reference for all completions that the run will meet, and give the column to the sampler."""
     if reference.column is None:
         return
-    sampler, batch_size = data.sampler, config.train.batch_size
+    sampler, batch_size = data.sampler, work.config.train.batch_size
     every_step = data.objective.needs.mismatched  # which completions are scored depends on the rows of each step
     drawn = data.horizon.total_rows if every_step else min(data.horizon.total_rows, sampler.mixture.first_pass)
     encoded = [one for row in sampler.distinct_tokens(sampler.preview(drawn)) for one in row]
@@ -280,12 +277,12 @@ def _cache_reference(reference: Reference, data: StageData, config: Config, stop
             encoded += [one for item in sampler.mismatched(examples) for one in item.encoded]
     complete = reference.column.fill(
         encoded,
-        batch_tokens=tokens_per_pass(config),
-        should_stop=stop.between_passes,
-        progress=lambda count, of: say(f"reference log-probs: {count} of {of} completions"),
+        batch_tokens=tokens_per_pass(work.config),
+        should_stop=work.stop.between_passes,
+        progress=lambda count, of: work.say(f"reference log-probs: {count} of {of} completions"),
     )
     if not complete:
-        stop.agreed()
+        work.stop.agreed()
         raise Stopped
     sampler.reference = reference.column
 
@@ -460,20 +457,3 @@ def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, A
         "policy_against_reference": step_zero,
         "memory_bytes": prepared.memory,
     }
-
-
-def planned_memory(
-    config: Config, shape: Shape, reference_mode: str | None, tokens: int | None = None, other: Shape | None = None
-) -> dict[str, int]:
-    """Bytes by part on each device; `tokens` of the largest micro-batch, by default the budget of one; `other`: the
-    model compared with, where it is not the policy's."""
-    hardware = config.hardware
-    return estimate(
-        shape,
-        optimiser=config.optim.name,
-        momentum=config.optim.momentum > 0,
-        micro_batch_tokens=tokens_per_pass(config) if tokens is None else tokens,
-        reference_mode=reference_mode,
-        spread=Spread(hardware.processes * hardware.nodes, hardware.sharding == "full", hardware.offload),
-        other=other,
-    )

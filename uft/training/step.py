@@ -59,7 +59,7 @@ ALWAYS_FINITE = FiniteCheck(torch.ones((), dtype=torch.bool))
 class Step:
     """Measurements of one optimiser step, still on the device."""
 
-    loss: Tensor  # () the number reported as `loss`
+    loss: Tensor  # () the objective's headline term, else the weighted sum that was differentiated
     terms: Loss  # totals and counts over all micro-batches and ranks
     grad_norm: Tensor  # () before clipping
     tokens: int = 0  # of all sequences, padding not counted
@@ -67,24 +67,14 @@ class Step:
     finite: FiniteCheck = ALWAYS_FINITE  # where it is false, nothing was updated
 
 
-def optimiser_step(
-    trainer: Trainer,
-    batches: StepBatches,
-    context: StepContext,
-    *,
-    lr: float = 0.0,
-    max_grad_norm: float = 0.0,
-    update: bool = True,
-    defer_check: bool = False,
-    await_previous: Callable[[], None] = lambda: None,
-) -> Step:
+def optimiser_step(trainer: Trainer, batches: StepBatches, context: StepContext, update: bool = True) -> Step:
     """Update the parameters with the gradient of `sum over terms of weight * total / count` over `batches`.
 
     The counts are those of all micro-batches of all ranks, so neither accumulation nor the number of ranks changes the
     gradient. Nothing is updated where the loss or the gradient norm is not finite: the host waits for that check, or
-    with `defer_check` a fused optimiser skips the update on the device and `Step.finite` is known later. `update`
-    false: leave the gradients and change nothing. `max_grad_norm` 0: do not clip. `await_previous` is called just
-    before the update, while the device still works: it raises if the step before this one has to be rolled back.
+    with `trainer.defer_check` a fused optimiser skips the update on the device and `Step.finite` is known later. The
+    check of the step before is awaited just before the update, while the device still works: it raises where that step
+    has to be rolled back. `update` false: leave the gradients, not clipped, and change nothing.
     """
     objective, optimiser, device = trainer.objective, trainer.optimiser, trainer.device
     optimiser.zero_grad(set_to_none=True)
@@ -125,20 +115,27 @@ def optimiser_step(
     sync_state(objective, batches.examples)
     parameters = list(trainer.parameters.values())
     all_reduce_gradients(parameters)
-    loss = reported_loss(objective, terms)
-    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf")))
+    if objective.headline:
+        shown = terms[objective.headline]
+        loss = shown.total / shown.count.clamp(min=1)
+    else:
+        loss = torch.stack([t.weight * t.total / t.count.clamp(min=1) for t in terms.values() if t.weight]).sum()
+    most = trainer.config.train.max_grad_norm if update else 0.0  # 0: no limit
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, most or float("inf")))
     finite = FiniteCheck(torch.isfinite(loss) & torch.isfinite(grad_norm))
 
-    await_previous()
-    if update and defer_check:  # the interface of torch's gradient scaler: a fused update is skipped on the device
-        optimiser.found_inf = finite.value.logical_not().float()  # type: ignore[attr-defined]
-    if update and (defer_check or finite):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        optimiser.step()
-        trainer.policy.weights_changed()
-    elif update:
-        optimiser.zero_grad(set_to_none=True)
+    if update:
+        trainer.await_finite_check()
+        if trainer.defer_check:  # the interface of torch's gradient scaler: a fused update is skipped on the device
+            optimiser.found_inf = finite.value.logical_not().float()  # type: ignore[attr-defined]
+        if trainer.defer_check or finite:
+            lr = learning_rate(context.step, trainer.steps, trainer.config.optim)
+            for group in optimiser.param_groups:
+                group["lr"] = lr * group["lr_ratio"]
+            optimiser.step()
+            trainer.policy.weights_changed()
+        else:
+            optimiser.zero_grad(set_to_none=True)
 
     supervised = sum(batch.target_ids.numel() for batch in batches.micro_batches)
     tokens = sum_over_ranks({"all": sum(one.tokens for one in batches.micro_batches), "supervised": supervised})
@@ -187,13 +184,6 @@ def matched_pairs(trainer: Trainer, batches: StepBatches) -> Sequence[Batch]:
         annotations = batch.annotations | dict(zip(MATCHED, of_sequences.unbind(1), strict=True))
         matched.append(replace(batch, annotations=annotations))
     return matched
-
-
-def reported_loss(objective: Objective, terms: Loss) -> Tensor:
-    """() the objective's headline term, else the weighted sum that was differentiated."""
-    if objective.headline:
-        return terms[objective.headline].total / terms[objective.headline].count.clamp(min=1)
-    return torch.stack([t.weight * t.total / t.count.clamp(min=1) for t in terms.values() if t.weight]).sum()
 
 
 # --- Backward through the fused LM head: loss and gradient chunk by chunk while each chunk's logits are in memory.
@@ -358,10 +348,10 @@ def make_optimiser(
     `hidden`: names of the matrices that Muon updates, those within blocks; None: all. `lr_ratio`: the rate of an
     adapter's B over that of everything else (LoRA+, arXiv 2402.12354). Raises UftError where a package is missing.
     """
-    found: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
+    by_group: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         is_hidden = parameter.ndim == 2 and (hidden is None or name in hidden)
-        found.setdefault((parameter.ndim < 2, is_hidden, ".lora_B." in name), []).append(parameter)
+        by_group.setdefault((parameter.ndim < 2, is_hidden, ".lora_B." in name), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {
             "params": members,
@@ -369,7 +359,7 @@ def make_optimiser(
             "hidden": is_hidden,
             "lr_ratio": lr_ratio if is_b else 1.0,
         }
-        for (is_vector, is_hidden, is_b), members in sorted(found.items(), key=lambda pair: pair[0])
+        for (is_vector, is_hidden, is_b), members in sorted(by_group.items(), key=lambda pair: pair[0])
     ]
     kind, names = OPTIMISERS[cfg.name]
     return kind(groups, **{name: getattr(cfg, name) for name in names})
@@ -454,11 +444,11 @@ def learning_rate(step: int, steps: int, cfg: Optim) -> float:
 
 def nonfinite_rows(trainer: Trainer, examples: Sequence[Example], context: StepContext) -> list[str]:
     """Ids of the rows whose loss or gradient norm alone is not finite; empty where only their sum overflows."""
-    found = []
+    rows = []
     for item in examples:
         with single_process():
             step = optimiser_step(trainer, trainer.collator([item]), replace(context, learning=False), update=False)
         if not step.finite:
-            found.append(item.row.id)
+            rows.append(item.row.id)
     trainer.optimiser.zero_grad(set_to_none=True)
-    return found
+    return rows

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,7 +31,7 @@ from uft.runs import Run
 from uft.sampling.generate import Interrupted
 from uft.sampling.rollouts import RolloutSampler
 from uft.training.liveness import Stop
-from uft.training.step import Step, defers_finite_check, learning_rate, nonfinite_rows, optimiser_step, warmup_steps
+from uft.training.step import Step, defers_finite_check, nonfinite_rows, optimiser_step, warmup_steps
 
 Tensor = torch.Tensor
 State = tuple[dict[str, Tensor], dict[str, Any]]
@@ -93,12 +93,6 @@ class Meter:
         self.sums = {n: (state[f"totals/{n}"].to(device), state[f"counts/{n}"].to(device)) for n in names}
 
 
-class Hook(Protocol):
-    """Something that happens after every step; `trainer.stop` is looked at between steps."""
-
-    def after_step(self, trainer: Trainer, step: Step) -> None: ...
-
-
 @dataclass
 class Trainer:
     """State and loop of training, put together by `setup.prepare` before the first step."""
@@ -117,7 +111,7 @@ class Trainer:
     total_rows: int  # rows the horizon draws; the last step may take fewer than a batch
     epoch_rows: int
     stop: Stop
-    hooks: Sequence[Hook] = ()
+    hooks: Sequence[Callable[[Trainer, Step], None]] = ()  # called after every step
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
     prefetcher: Prefetcher | None = None  # while it trains
@@ -146,7 +140,7 @@ class Trainer:
             while not self.complete and not self.stop.agreed():
                 step = self._step(self.prefetcher)
                 for hook in self.hooks:
-                    hook.after_step(self, step)
+                    hook(self, step)
             self.await_finite_check()
         except Interrupted:  # within a rollout, which is sampled anew
             self.await_finite_check()
@@ -190,15 +184,11 @@ class Trainer:
         for name, (total, number) in (self.rollouts.pop_metrics() if self.rollouts else {}).items():
             self.meter.add(name, total, number)
         if self.synced_reference and self.progress.step % (self.config.reference.sync_every or 1) == 0:
-            self.move_reference()
+            self.await_finite_check()  # a step that is rolled back must not have moved it
+            with torch.no_grad():  # alpha policy + (1 - alpha) reference, alpha = `sync_mix` (TR-DPO, arXiv 2404.09656)
+                for name, weight in self.synced_reference.items():
+                    weight.lerp_(self.parameters[name], self.config.reference.sync_mix)
         return step
-
-    @torch.no_grad()
-    def move_reference(self) -> None:
-        """reference <- alpha policy + (1 - alpha) reference, alpha = `sync_mix` (TR-DPO, arXiv 2404.09656)."""
-        self.await_finite_check()  # a step that is rolled back must not have moved it
-        for name, weight in self.synced_reference.items():
-            weight.lerp_(self.parameters[name], self.config.reference.sync_mix)
 
     def update(self, batches: StepBatches) -> Step:
         """One optimiser step on `batches`, after the check of the step before; no rows, no update."""
@@ -209,15 +199,7 @@ class Trainer:
         number, alpha = self.progress.step, self.config.train.neftune_alpha
         if alpha:
             self.policy.noise = EmbeddingNoise(alpha, (self.config.seeds.sampling, number, ranks().rank))
-        return optimiser_step(
-            self,
-            batches,
-            self.step_context(number),
-            lr=learning_rate(number, self.steps, self.config.optim),
-            max_grad_norm=self.config.train.max_grad_norm,
-            defer_check=self.defer_check,
-            await_previous=self.await_finite_check,
-        )
+        return optimiser_step(self, batches, self.step_context(number))
 
     def step_context(self, step: int) -> StepContext:
         """The context of a step: a function of its number and the seed alone."""
