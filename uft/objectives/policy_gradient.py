@@ -176,8 +176,7 @@ class PolicyGradient(Objective):
         scores = torch.where(own, terms.promote(batch.target), 1.0)
         if self.overlong and self.longest:
             # one without a target was cut, and so is as long as any may be
-            lengths = torch.where(terms.present(batch), batch.lengths, self.longest)
-            over = lengths - (self.longest - self.overlong)
+            over = torch.where(terms.present(batch), batch.lengths, self.longest) - (self.longest - self.overlong)
             scores = scores - torch.where(own, over.clamp(min=0) / self.overlong, 0.0)
         rows, row = batch.example.numel(), batch.row
         highest, lowest = (
