@@ -151,6 +151,8 @@ def test_a_reward_falls_over_the_last_tokens_of_too_long_completions():
     assert found.tolist() == [0, 0, 0, 0]
     shaped = replace(objective, scale="none").groups(long).advantage
     close((shaped - shaped[0]).tolist(), [0, -0.150391, -0.5, -1.0])
+    cut = replace(batch(one), sequence=torch.arange(3).repeat_interleave(lengths[:3]))  # the last is no target
+    close(replace(objective, scale="none").groups(cut).advantage.tolist(), shaped.tolist())
 
 
 def test_flat_groups():

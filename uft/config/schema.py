@@ -174,7 +174,7 @@ class Optim:
     betas: list[float] = _key([0.9, 0.999], "AdamW, beside Muon and in 8 bits too: decay of the two moments")
     eps: Float = _key(1e-8, "added to the denominator", gt=0)
     fused: bool = _key(True, "AdamW and SGD: the whole update in one kernel")
-    weight_decay: Float = _key(0.0, "decoupled, or L2 (RMSprop and SGD)", ge=0)
+    weight_decay: Float = _key(0.0, "of matrices alone; decoupled, or L2 (RMSprop and SGD)", ge=0)
     momentum: Float = _key(0.0, "SGD, RMSprop and Muon: momentum", ge=0, lt=1)
     alpha: Float = _key(0.99, "RMSprop: decay of the squared gradient", ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = _key("cosine", "shape after warm-up")

@@ -177,7 +177,8 @@ class PolicyGradient(Objective):
         members = own | shown if self.shown == "group" else own
         scores = torch.where(own, terms.promote(batch.target), 1.0)
         if self.overlong and self.longest:
-            over = batch.lengths - (self.longest - self.overlong)
+            # one without a target was cut, and so is as long as any may be
+            over = torch.where(terms.present(batch), batch.lengths, self.longest) - (self.longest - self.overlong)
             scores = scores - torch.where(own, over.clamp(min=0) / self.overlong, 0.0)
         rows, row = batch.example.numel(), batch.row
 
