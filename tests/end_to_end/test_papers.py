@@ -27,7 +27,10 @@ RECIPES = [
     "experiment=paper_uft_rl data.sources.countdown.path=countdown.jsonl",
 ]
 MORE = {  # of recipes that sample
-    **{name: ["generate.max_new_tokens=150"] for name in ("paper_dft", "paper_spin", "paper_irft")},
+    **{
+        name: ["generate.max_new_tokens=150", "generate.seeds=[0,1,2,3]"]
+        for name in ("paper_dft", "paper_spin", "paper_irft")
+    },
     "paper_uft_rl": ["rollout.prompts=4", "rollout.max_new_tokens=12"],
 }
 SMALL = ["train.steps=2", "train.batch_size=4", "train.max_length=240", "eval=none", "tracking=none", "hardware=cpu"]
@@ -68,6 +71,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], Callable[[int], dict[str, Any]]]] = {
 MODELS = (
     *("mistralai/Mistral-7B-v0.1", "HuggingFaceH4/mistral-7b-sft-beta", "alignment-handbook/zephyr-7b-sft-full"),
     *("Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.1-8B"),
+    "HuggingFaceH4/zephyr-7b-beta",
 )
 COUNTDOWN = [
     {
