@@ -246,7 +246,8 @@ def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker,
     err = capfd.readouterr().err
     assert re.search(r"data\.sources\.rows\.path +\(absent\) -> rows\.jsonl", err)
     assert "rows.kind" not in err, "a source is told once"
-    assert f"or start another run from its weights:  uft train init_from={run.path.relative_to(worker)}\n" in err
+    again = f"uft train init_from={run.path.relative_to(worker)} objective=sft generate.system=fail tracking=none"
+    assert f"or start another run from its weights:  {again}\n" in err
     run = Run(run.path.rename(worker / "elsewhere"))
     (worker / "sub").mkdir()
     monkeypatch.chdir(worker / "sub")

@@ -39,6 +39,7 @@ UNKNOWN = {
     "train.stps": ("no such key in train", "train.steps ?"),
     "model.lora.rnk": ("no such key in model.lora", "model.lora.rank ?"),
     "lr": ("no such key", "optim.lr ?"),
+    "max_len": ("no such key", "train.max_length ?"),
     "batch_size": ("no such key", "train.batch_size ?"),
     "objective.lamb": ("no such key in objective=ift", "objective.lam ?"),
     "data.sources.pairs.shar": ("no such key in data.sources.pairs", "data.sources.pairs.share ?"),
@@ -54,6 +55,16 @@ def test_unknown_keys_are_refused_with_any_prefix():
         for key, (why, meant) in UNKNOWN.items():
             assert found[f"{plus}{key}=1"][:2] == (why, "command line")
             assert meant in found[f"{plus}{key}=1"][2]
+            assert ("groups and keys" in found[f"{plus}{key}=1"][2]) is (key == "nonsense_key")
+
+
+def test_a_folder_without_its_key_is_meant_as_rows_or_as_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text("{}")
+    assert "did you mean  data=rows ?" in problems("rows")["rows"][2]
+    assert "did you mean  model.path=llama ?" in problems("llama")["llama"][2]
 
 
 def test_a_key_of_other_objectives_says_so():

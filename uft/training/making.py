@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from uft.config.frozen import source_overrides
+from uft.config.messages import as_typed
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS
 from uft.data.chat import Renderer
@@ -96,10 +97,15 @@ def generate(config: Config) -> int:
         say("\n" + shown_answer(prompt, line.get("negatives") or [line["response"]]))
     say(
         f"\nyour own questions:  uft generate RUN 'a question'\n"
-        f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
-        f" model={config.model.name}"
+        f"train on them:  uft train {use} data={typed_path(summary.path)} {model_word(config)}"
     )
     return GOOD
+
+
+def model_word(config: Config) -> str:
+    """The override that chooses this model again."""
+    model = config.model
+    return f"model.path={typed_path(Path(model.path))}" if model.name == "custom" else f"model={model.name}"
 
 
 def answer(config: Config, device: torch.device, say: Say) -> int:
@@ -373,7 +379,7 @@ def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:
 def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource]) -> str:
     """The command that trains on the annotated files, by an objective that reads the column."""
     sources = [word for name, s in annotated_data(data, written).sources.items() for word in source_overrides(name, s)]
-    return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources])
+    return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", *as_typed(["data=files", *sources])])
 
 
 # --- Choosing rows of a mixture: the job `select`, and stages that do it.
