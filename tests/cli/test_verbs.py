@@ -139,6 +139,11 @@ def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):
     assert main(["generate", str(trained.path), "generate.seeds=[1,2]"]) == 0
     out = capfd.readouterr().out
     assert f"{trained.model_dir.resolve()} {trained.path}/generated.jsonl" in out
+    assert "generate.limit" not in out
+    assert main(["generate", str(trained.path)]) == 0  # a handful, and how to get all
+    (everything,) = re.findall("all:  uft (generate .*)", capfd.readouterr().out)
+    assert main(shlex.split(everything)) == 0
+    assert "generate.limit" not in capfd.readouterr().out
     assert main(["generate", str(trained.path), "generate.sedes=[1]", "data=mixx"]) == 2
     err = capfd.readouterr().err
     assert "did you mean  generate.seeds ?" in err

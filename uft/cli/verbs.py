@@ -92,7 +92,8 @@ def select(arguments: list[str]) -> int:
 def generate(arguments: list[str]) -> int:
     """Completions of any model; with RUN or a model as the first word, answers to the questions after it.
 
-    Without questions a run samples completions of its training prompts, with its configuration.
+    Without questions a run samples completions of its training prompts, with its configuration: of a handful, unless a
+    key of the job says otherwise.
     """
     named = first_word(arguments)
     if named is None or names_rows(named):
@@ -104,7 +105,16 @@ def generate(arguments: list[str]) -> int:
     asked, words = questions(arguments[1:])
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         prompts = gathered(asked, Path(folder)) if asked else None
-        return launch_job("generate", settings_of(source, words, prompts))
+        handful = [] if asked or any(JOB_WORD.match(word) for word in words) else [f"generate.limit={HANDFUL}"]
+        code = launch_job("generate", settings_of(source, [*handful, *words], prompts))
+    if handful and code == GOOD:
+        everything = f"uft generate {quoted(named)} generate.limit=null"
+        print(f"these are the first {HANDFUL} prompts of every source; all:  {everything}")
+    return code
+
+
+HANDFUL = 4  # training prompts that a run answers where no questions are asked
+JOB_WORD = re.compile(r"[+~]*(generate\.|data[.=])")
 
 
 def eval(arguments: list[str]) -> int:

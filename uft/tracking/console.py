@@ -401,7 +401,7 @@ def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
         lines += [f"  {one.source}"]
         for name, text in texts.items():
             if text is not None:
-                shown = printable_lines(shorten(text, SAMPLE_TEXT))
+                shown = printable_lines(shorten(text, SAMPLE_TEXT)) if text.strip() else "(empty)"
                 folded = [
                     part for line in shown.split("\n") for part in textwrap.wrap(line, max(width - 12, 20)) or [""]
                 ]

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from uft.config.frozen import source_overrides
-from uft.config.messages import as_typed
+from uft.config.messages import as_typed, config_dirs, groups
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS
 from uft.data.chat import Renderer
@@ -95,17 +95,19 @@ def generate(config: Config) -> int:
     for line in shown:
         prompt = line["prompt"] if isinstance(line["prompt"], str) else str(line["prompt"][-1]["content"])
         say("\n" + shown_answer(prompt, line.get("negatives") or [line["response"]]))
-    say(
-        f"\nyour own questions:  uft generate RUN 'a question'\n"
-        f"train on them:  uft train {use} data={typed_path(summary.path)} {model_word(config)}"
-    )
+    say("\nyour own questions:  uft generate RUN 'a question'")
+    if summary.rows:
+        say(f"train on them:  uft train {use} data={typed_path(summary.path)} {model_word(config)}")
+    else:
+        say(f"longer ones, if they were cut:  generate.max_new_tokens={4 * config.generate.max_new_tokens}")
     return GOOD
 
 
 def model_word(config: Config) -> str:
     """The override that chooses this model again."""
     model = config.model
-    return f"model.path={typed_path(Path(model.path))}" if model.name == "custom" else f"model={model.name}"
+    option = model.name in groups(config_dirs()).get("model", {}) and model.name != "custom"
+    return f"model={model.name}" if option else f"model.path={typed_path(Path(model.path))}"
 
 
 def answer(config: Config, device: torch.device, say: Say) -> int:
