@@ -294,6 +294,7 @@ def test_the_end_card_of_a_good_run(stream, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = create_run(tmp_path / "runs" / "a", "{}", [])
     run.model_dir.mkdir()
+    (run.checkpoints_dir / "step-000700").mkdir(parents=True)
     ending = result(
         "finished",
         800,

@@ -234,6 +234,7 @@ TRL_KEYS = {
     "save_steps": "train.checkpoint_every",
     "save_strategy": "train.checkpoint_every",
     "save_total_limit": "train.keep_last",
+    "select.keep": "select.rows",
     "shuffle": "seeds.data: rows are drawn in an order of this seed",
     "steps_per_generation": "rollout.prompts: as a multiple of train.batch_size",
     "temperature": "generate.temperature: of answers; of own samples in training rollout.temperature",

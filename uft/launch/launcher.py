@@ -84,6 +84,9 @@ def launch_train(asked: Mapping[str, Any], overrides: Sequence[str] = (), quiet:
         except FileExistsError:  # another run began in the same second
             run = Run(single_run_dir(asked))
             settings["run"]["name"] = run.name
+        except OSError as error:  # no folder that the system lets one make, as below /proc
+            why = f"the folder cannot be made: {error.strerror}"
+            raise UftError(Problem(f"run.dir={shown(run.path)}", why, advice=("choose another folder",))) from error
     with run.lock():  # of two processes that make the same run, one makes it and the other finds it
         fresh = not run.exists
         if fresh:

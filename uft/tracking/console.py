@@ -427,7 +427,7 @@ def ending_rows(
     measured = [name for name in order if name in final and "/" not in name.removeprefix(PREFIX)]
     overall = {name: final[name] for name in dict.fromkeys([*training, *measured])}
     speed = f", {count(tokens / seconds)} tok/s" if seconds > 0 else ""
-    memory = result["peak_memory_bytes"]
+    memory, saved = result["peak_memory_bytes"], result["best_checkpoint"]  # which a full disk may have refused
     times = {"training": seconds, "stages that make rows": result.get("making_seconds")}
     rows = [
         (
@@ -440,7 +440,7 @@ def ending_rows(
         ("time", ", ".join(f"{duration(spent)} of {what}" for what, spent in times.items() if spent)),
         ("tokens", count(tokens) + speed if tokens else ""),
         ("peak memory", f"{memory / 1e9:.1f} GB" if memory is not None else ""),
-        ("checkpoint", place(result["best_checkpoint"]) if result["best_checkpoint"] else ""),
+        ("checkpoint", place(saved) if saved and (run is None or (run.path / saved).is_dir()) else ""),
         ("model", place("model") if run and run.model_dir.is_dir() else ""),
         ("next", "\n".join(commands)),
     ]
