@@ -7,7 +7,7 @@ import pytest
 
 from uft.config.compose import compose, examine, footer
 from uft.config.files import Request
-from uft.config.messages import TRL_KEYS
+from uft.config.messages import TRL_KEYS, as_typed
 from uft.config.schema import Config, kind_at
 from uft.errors import Problem, UftError, render
 
@@ -296,6 +296,25 @@ def test_a_rate_for_all_weights_is_not_kept_for_an_adapter():
     ):
         assert compose([f"model={model}", f"model.adapter={adapter}"])["optim"]["lr"] == rate
     assert compose(["model=smollm2_135m", "model.adapter=lora", "optim.lr=1e-6"])["optim"]["lr"] == 1e-6
+
+
+TYPED = {
+    "data=files +data.sources.rows.path=rows.jsonl objective=dpo": "data=rows.jsonl objective=dpo",
+    "data=files +data.sources.a.path=x/a.csv +data.sources.b.path=b.jsonl.gz": "data=x/a.csv data=b.jsonl.gz",
+    "data=files +data.sources.mine.path=rows.jsonl": "data=files +data.sources.mine.path=rows.jsonl",
+    "data=files +data.sources.rows.path=rows.jsonl +data.sources.b.path=a.jsonl": (
+        "data=rows.jsonl +data.sources.b.path=a.jsonl"
+    ),
+    "data=files +data.sources.mix.path=mix": "data=files +data.sources.mix.path=mix",  # data=mix is the playground's
+    "data=mix +data.sources.rows.path=rows.jsonl": "data=mix +data.sources.rows.path=rows.jsonl",
+    "++data.sources.a.columns.prompt=q model=custom model.path=m": "data.sources.a.columns.prompt=q model.path=m",
+    "data=files +data.sources.rows.path=a.jsonl,b.jsonl": "data=files +data.sources.rows.path=a.jsonl,b.jsonl",
+}
+
+
+@pytest.mark.parametrize("long", TYPED)
+def test_advised_commands_are_as_short_as_they_were_typed(long):
+    assert as_typed(long.split()) == TYPED[long].split()
 
 
 def test_the_same_fault_of_many_rows_is_told_once_with_their_places():

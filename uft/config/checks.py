@@ -284,7 +284,8 @@ class Draft:
             near = nearest(str(fault.value), options)
             advice = hint(near and f"{setting.key}={near}", "methods" if is_method else "choices", options)
             why = "no such method" if is_method else "no such choice"
-            return self._against_rule(path, fault.value, why, (advice,))
+            packages = "or of a package that is not installed here:  uft docs rewards"
+            return self._against_rule(path, fault.value, why, (advice, packages)[: 1 + (is_method and not near)])
         if fault.type in BOUNDS:
             value = float(fault.value) if bare(kind) is float else fault.value
             return self._against_rule(path, value, f"must be {BOUNDS[fault.type]} {fault.bound:g}", ())

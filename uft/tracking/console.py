@@ -92,6 +92,7 @@ class StatusStream:
         with self.lock:
             if self.shown:
                 self.stream.write(CLEAR_LINE)
+                self.stream.flush()  # a process that ends at once would leave the line
                 self.shown = False
 
     def tick(self) -> None:

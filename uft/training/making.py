@@ -96,18 +96,14 @@ def generate(config: Config) -> int:
         prompt = line["prompt"] if isinstance(line["prompt"], str) else str(line["prompt"][-1]["content"])
         say("\n" + shown_answer(prompt, line.get("negatives") or [line["response"]]))
     say("\nyour own questions:  uft generate RUN 'a question'")
+    path, name = typed_path(Path(config.model.path)), config.model.name  # an option, or the name of a folder
+    known = name != "custom" and name in groups(config_dirs()).get("model", {})
+    model = f"model={name}" if known else f"model.path={path}"
     if summary.rows:
-        say(f"train on them:  uft train {use} data={typed_path(summary.path)} {model_word(config)}")
+        say(f"train on them:  uft train {use} data={typed_path(summary.path)} {model}")
     else:
         say(f"longer ones, if they were cut:  generate.max_new_tokens={4 * config.generate.max_new_tokens}")
     return GOOD
-
-
-def model_word(config: Config) -> str:
-    """The override that chooses this model again."""
-    model = config.model
-    option = model.name in groups(config_dirs()).get("model", {}) and model.name != "custom"
-    return f"model={model.name}" if option else f"model.path={typed_path(Path(model.path))}"
 
 
 def answer(config: Config, device: torch.device, say: Say) -> int:
