@@ -25,6 +25,8 @@ LONGEST_TEXT = 4000  # characters of one text
 UNRULY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 ROW = re.compile(r":\d+$")
+NUMBER = re.compile(r"(?<= is )-?[\d.]+(?:e[+-]?\d+)?(?=, )")
+"""The value of a row in what is wrong with it: scores on another scale are one fault, not one for each value."""
 COUNT = re.compile(r"\Auft: \d+ problems? in this request\s*")
 """The first line of a message with problems."""
 
@@ -108,11 +110,13 @@ def render(error: UftError) -> str:
 
 
 def once(problems: Sequence[Problem]) -> list[tuple[Problem, list[str]]]:
-    """Problems of rows (`rows.jsonl:17`) that differ in their line alone told once, with the places of the others."""
+    """Problems of rows (`rows.jsonl:17`) that differ in their line or a number alone told once, with the places of the
+    others."""
     found: dict[tuple[object, ...], tuple[Problem, list[str]]] = {}
     for place, problem in enumerate(problems):
         of_row = ROW.search(problem.what)
-        key = (problem.what[: of_row.start()], problem.why, problem.where, problem.advice) if of_row else (place,)
+        why = NUMBER.sub("", problem.why)
+        key = (problem.what[: of_row.start()], why, problem.where, problem.advice) if of_row else (place,)
         if key in found:
             found[key][1].append(problem.what)
         else:

@@ -46,6 +46,7 @@ def test_the_next_lines_of_a_run(here, capfd, request_):
     config = load_config(run.config_file)
     *trains, chat, export = commands(next_commands(run, config, "finished"))
     assert bool(trains) is ("bound" not in request_ and not config.stages)
+    assert "more/rows.jsonl" not in request_ or "data=more/rows.jsonl" in trains[0], "as short as it was typed"
     assert [chat, export] == [["chat", "my runs/first"], ["export", "my runs/first", "--to", "first-model"]]
     assert commands(next_commands(run, config, "failed")) == [["resume", "my runs/first"]]
     for words in (["resume", "my runs/first"], *trains):  # with a real model, the first two: end_to_end/test_after.py
@@ -88,6 +89,9 @@ def test_lines_of_runs_that_did_not_finish(here, capfd):
     (as_it_is,) = re.findall(r"Continue it as it is:  uft (.*)", capfd.readouterr().err)
     assert main(["generate", "my runs/a"]) == 2
     (finish,) = re.findall(r"finish it:  uft (.*)", capfd.readouterr().err)
+    assert main(["resume", "my runs/a", "train.steps=9999"]) == 2
+    again = r"start another run from its weights:  uft (train init_from='my runs/a' .*objective=sft.* train.steps=9999)"
+    assert re.search(again, capfd.readouterr().err)
     for command in (continued, as_it_is, finish):
         assert main([*shlex.split(command), "generate.system=ok"]) == 0
     run = Run(here / "my runs" / "a")

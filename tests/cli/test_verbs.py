@@ -139,6 +139,11 @@ def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):
     assert main(["generate", str(trained.path), "generate.seeds=[1,2]"]) == 0
     out = capfd.readouterr().out
     assert f"{trained.model_dir.resolve()} {trained.path}/generated.jsonl" in out
+    assert "generate.limit" not in out
+    assert main(["generate", str(trained.path)]) == 0  # a handful, and how to get all
+    (everything,) = re.findall("all:  uft (generate .*)", capfd.readouterr().out)
+    assert main(shlex.split(everything)) == 0
+    assert "generate.limit" not in capfd.readouterr().out
     assert main(["generate", str(trained.path), "generate.sedes=[1]", "data=mixx"]) == 2
     err = capfd.readouterr().err
     assert "did you mean  generate.seeds ?" in err
@@ -246,7 +251,8 @@ def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker,
     err = capfd.readouterr().err
     assert re.search(r"data\.sources\.rows\.path +\(absent\) -> rows\.jsonl", err)
     assert "rows.kind" not in err, "a source is told once"
-    assert f"or start another run from its weights:  uft train init_from={run.path.relative_to(worker)}\n" in err
+    again = f"uft train init_from={run.path.relative_to(worker)} objective=sft generate.system=fail tracking=none"
+    assert f"or start another run from its weights:  {again}\n" in err
     run = Run(run.path.rename(worker / "elsewhere"))
     (worker / "sub").mkdir()
     monkeypatch.chdir(worker / "sub")

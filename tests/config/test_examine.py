@@ -7,7 +7,7 @@ import pytest
 
 from uft.config.compose import compose, examine, footer
 from uft.config.files import Request
-from uft.config.messages import TRL_KEYS
+from uft.config.messages import TRL_KEYS, as_typed
 from uft.config.schema import Config, kind_at
 from uft.errors import Problem, UftError, render
 
@@ -39,6 +39,7 @@ UNKNOWN = {
     "train.stps": ("no such key in train", "train.steps ?"),
     "model.lora.rnk": ("no such key in model.lora", "model.lora.rank ?"),
     "lr": ("no such key", "optim.lr ?"),
+    "max_len": ("no such key", "train.max_length ?"),
     "batch_size": ("no such key", "train.batch_size ?"),
     "objective.lamb": ("no such key in objective=ift", "objective.lam ?"),
     "data.sources.pairs.shar": ("no such key in data.sources.pairs", "data.sources.pairs.share ?"),
@@ -54,6 +55,16 @@ def test_unknown_keys_are_refused_with_any_prefix():
         for key, (why, meant) in UNKNOWN.items():
             assert found[f"{plus}{key}=1"][:2] == (why, "command line")
             assert meant in found[f"{plus}{key}=1"][2]
+            assert ("groups and keys" in found[f"{plus}{key}=1"][2]) is (key == "nonsense_key")
+
+
+def test_a_folder_without_its_key_is_meant_as_rows_or_as_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text("{}")
+    assert "did you mean  data=rows ?" in problems("rows")["rows"][2]
+    assert "did you mean  model.path=llama ?" in problems("llama")["llama"][2]
 
 
 def test_a_key_of_other_objectives_says_so():
@@ -285,6 +296,25 @@ def test_a_rate_for_all_weights_is_not_kept_for_an_adapter():
     ):
         assert compose([f"model={model}", f"model.adapter={adapter}"])["optim"]["lr"] == rate
     assert compose(["model=smollm2_135m", "model.adapter=lora", "optim.lr=1e-6"])["optim"]["lr"] == 1e-6
+
+
+TYPED = {
+    "data=files +data.sources.rows.path=rows.jsonl objective=dpo": "data=rows.jsonl objective=dpo",
+    "data=files +data.sources.a.path=x/a.csv +data.sources.b.path=b.jsonl.gz": "data=x/a.csv data=b.jsonl.gz",
+    "data=files +data.sources.mine.path=rows.jsonl": "data=files +data.sources.mine.path=rows.jsonl",
+    "data=files +data.sources.rows.path=rows.jsonl +data.sources.b.path=a.jsonl": (
+        "data=rows.jsonl +data.sources.b.path=a.jsonl"
+    ),
+    "data=files +data.sources.mix.path=mix": "data=files +data.sources.mix.path=mix",  # data=mix is the playground's
+    "data=mix +data.sources.rows.path=rows.jsonl": "data=mix +data.sources.rows.path=rows.jsonl",
+    "++data.sources.a.columns.prompt=q model=custom model.path=m": "data.sources.a.columns.prompt=q model.path=m",
+    "data=files +data.sources.rows.path=a.jsonl,b.jsonl": "data=files +data.sources.rows.path=a.jsonl,b.jsonl",
+}
+
+
+@pytest.mark.parametrize("long", TYPED)
+def test_advised_commands_are_as_short_as_they_were_typed(long):
+    assert as_typed(long.split()) == TYPED[long].split()
 
 
 def test_the_same_fault_of_many_rows_is_told_once_with_their_places():

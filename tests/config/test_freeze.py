@@ -37,6 +37,7 @@ CHANGED = {
     "length_normalize:": ("lenoth_normalize:", "cannot be read by this version"),
     "method: kto": ("method: ktp", "no such method"),
     "method: per_kind": ("metiod: per_kind", "no such method"),
+    "method: nll": ("method: gone", "a package that is not installed here"),
     "reduction: sequence": ("reduction: seqqence", "reduction"),
     "objective:": ("objectivf:", "cannot be read by this version"),
     "batch_size: 32": ("batch_size: 0", r"train\.batch_size"),

@@ -112,6 +112,7 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", ROWS[1:])
     write_parquet(tmp_path / "a.parquet", ROWS[:1])
     (tmp_path / "notes.txt").write_text("not data")
+    (tmp_path / "README.md").write_text("# Our rows, no card of the hub")
     assert fields(tables(place(tmp_path))) == ROWS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def test_what_an_objective_of_a_sweep_cannot_use_is_told_before_any_job(
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "objective=dpo cannot use 3 demonstration rows" in done.stderr
-    assert "first in  objective=dpo" in done.stderr
-    assert "data.unusable=drop" in done.stderr
+    assert "first in  objective=dpo, which can use no other row" in done.stderr
+    assert re.search(r"Without what can use no row:  uft train -m .*\bobjective=sft( |$)", done.stderr, re.MULTILINE)
+    assert "data.unusable=drop" not in done.stderr, "dpo would have nothing left"
     assert not folder.exists()

@@ -114,6 +114,8 @@ def test_a_disk_that_is_really_full(small_disk, bench, new_run, undisturbed, roo
     said = bench.sit(run.path, code=1).said
     assert "Traceback" not in said
     assert "no space is left for it (No space left on device)" in said
+    named = re.findall(r"(?m)^  checkpoint +(\S+)$", said)
+    assert all(Path(folder).is_dir() for folder in named), "one that could not be written is not shown"
     whole_ones(run)
     subprocess.run(["mount", "-o", "remount,size=50000000", str(disk)], check=True)
     bench.sit(run.path, code=0)

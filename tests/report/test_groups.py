@@ -8,7 +8,7 @@ from itertools import product
 from synthetic import loaded
 
 from uft.config.frozen import FREE
-from uft.report.groups import grouping, rank
+from uft.report.groups import differences, grouping, rank
 
 
 def names(found):
@@ -23,6 +23,10 @@ def test_runs_that_differ_in_their_seed_are_one_configuration():
     found = grouping([loaded("uft", seed) for seed in (1, 2, 3)])
     assert [group.runs for group in found.groups] == [(0, 1, 2)]
     assert (names(found), keys(found), dict(found.seeds)) == (["uft"], [], {0: 1, 1: 2, 2: 3})
+    following = [loaded("uft", seed, select__seed=seed) for seed in (1, 2)]
+    assert "select.seed" not in {key for key, _ in differences(following, ())}
+    given = [loaded("uft", seed, select__seed=3 * seed) for seed in (1, 2)]
+    assert "select.seed" in {key for key, _ in differences(given, ())}
 
 
 def test_keys_that_change_no_result_do_not_split():

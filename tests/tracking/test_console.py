@@ -24,7 +24,9 @@ from uft.heartbeat import heartbeat
 from uft.launch.launcher import provenance
 from uft.runs import create_run
 from uft.tracking.console import (
+    CLEAR_LINE,
     Console,
+    StatusStream,
     card,
     count,
     duration,
@@ -294,6 +296,7 @@ def test_the_end_card_of_a_good_run(stream, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = create_run(tmp_path / "runs" / "a", "{}", [])
     run.model_dir.mkdir()
+    (run.checkpoints_dir / "step-000700").mkdir(parents=True)
     ending = result(
         "finished",
         800,
@@ -372,6 +375,16 @@ with console.phase_status(), activity("the model was evaluated"):
     time.sleep(1.5)
     print("done", flush=True)
 """
+
+
+def test_the_status_line_does_not_outlive_a_process_that_ends_at_once():
+    written = io.BytesIO()
+    status = StatusStream(io.TextIOWrapper(written, encoding="utf-8"))
+    status.shown = True
+    status.clear()
+    assert written.getvalue() == CLEAR_LINE.encode()
+
+
 QUIET_EXPORT = """
 import sys, time, types
 from uft.cli import manage

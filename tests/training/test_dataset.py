@@ -196,9 +196,9 @@ def test_a_run_stops_and_says_how_to_write_them(configure, half, pairs):
     assert first.why == "objective=poft needs baseline_logp, which 3 of 6 rows lack"
     assert second.why == "objective=poft needs baseline_logp, which 1 of 3 rows lack"  # it takes the chosen one alone
     assert second.where == "pairs:2"
-    command = f"uft annotate baseline_logp data=files +data.sources.half.path={half}"
+    command = f"uft annotate baseline_logp data={half} +data.sources.half.columns."
     assert command in error.value.footer
-    assert f"+data.sources.pairs.path={pairs}" in error.value.footer
+    assert f" data={pairs}" in error.value.footer
     assert "annotate.models=[MODEL,...]" in error.value.footer
     assert "data.unusable=drop" in error.value.footer
 

@@ -50,7 +50,7 @@ VERBS = {
     "docs": "the pages of the documentation, or one of them: uft docs start",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
-STARTING = ("train", "check", "data", "generate", "chat", "eval", "annotate", "select", "export")
+STARTING = ("train", "check", "data", "generate", "chat", "eval", "annotate", "select", "export", "resume")
 ANSWERED_AT_ONCE = frozenset(("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help"))
 MODULES = {
     **dict.fromkeys(("export", "resume", "compare", "sync", "ls"), "uft.cli.manage"),

@@ -71,7 +71,8 @@ PAGES = {
   uft generate RUN questions.txt                    a line each; or JSONL, CSV, Parquet; - reads standard input
   uft generate RUN@best 'a question'                the best checkpoint; RUN@120 that of a step
   uft generate org/name 'a question'                any model: a hub id, a folder, builtin:playground
-  uft generate RUN                                  samples for its training prompts, as rows
+  uft generate RUN                                  samples for its first training prompts, as rows
+  uft generate RUN generate.limit=null              for all of them
   uft generate generate.seeds=[0,1,2,3] generate.out=negatives.jsonl  negatives for objective=dft""",
         words="[RUN | MODEL ['question' | FILE | - ...]] ",
         note="  with RUN (a folder, a name or last): the configuration of that run, and its model, of a\n"

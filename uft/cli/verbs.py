@@ -30,7 +30,17 @@ from uft.config.checks import Draft, elsewhere
 from uft.config.compose import Examined, change, examine, footer, needs_hydra, quoted, refuse_named_code, require
 from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
 from uft.config.frozen import may_change, with_origins
-from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
+from uft.config.messages import (
+    FREE_KEY,
+    PLAIN_PATH,
+    conf_dir,
+    config_dirs,
+    groups,
+    names_rows,
+    nearest,
+    source_name,
+    written,
+)
 from uft.config.schema import COLUMNS, Config, fields_of
 from uft.config.stages import differences, is_made, rows_of, unready, without_stages
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
@@ -82,7 +92,8 @@ def select(arguments: list[str]) -> int:
 def generate(arguments: list[str]) -> int:
     """Completions of any model; with RUN or a model as the first word, answers to the questions after it.
 
-    Without questions a run samples completions of its training prompts, with its configuration.
+    Without questions a run samples completions of its training prompts, with its configuration: of a handful, unless a
+    key of the job says otherwise.
     """
     named = first_word(arguments)
     if named is None or names_rows(named):
@@ -94,7 +105,16 @@ def generate(arguments: list[str]) -> int:
     asked, words = questions(arguments[1:])
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         prompts = gathered(asked, Path(folder)) if asked else None
-        return launch_job("generate", settings_of(source, words, prompts))
+        handful = [] if asked or any(JOB_WORD.match(word) for word in words) else [f"generate.limit={HANDFUL}"]
+        code = launch_job("generate", settings_of(source, [*handful, *words], prompts))
+    if handful and code == GOOD:
+        everything = f"uft generate {quoted(named)} generate.limit=null"
+        print(f"these are the first {HANDFUL} prompts of every source; all:  {everything}")
+    return code
+
+
+HANDFUL = 4  # training prompts that a run answers where no questions are asked
+JOB_WORD = re.compile(r"[+~]*(generate\.|data[.=])")
 
 
 def eval(arguments: list[str]) -> int:
@@ -211,24 +231,6 @@ def first_word(arguments: list[str]) -> str | None:
     return None if "=" in first or first.startswith(("-", "~")) or set(FLAGS) & set(arguments) else first
 
 
-PLAIN_PATH = re.compile(r"[\w./:@-]+", re.ASCII)
-FREE_KEY = re.compile(r"(data\.(sources\.\w+\.columns|template_args)|eval\.(task|shot)_files|rollout\.reward)\.\w+=")
-"""Keys that are checked against rows, the template, tasks and checkers later, and so need no + to be new."""
-
-
-def names_rows(word: str, config_dir: str | None = None) -> bool:
-    """Whether a word is a file of rows, or chooses one (or a folder, or a hub id with its slash) as data=PATH."""
-    key, equals, path = word.partition("=") if "=" in word else ("data", "", word)
-    if key != "data" or word.startswith(("~", "-")):
-        return False
-    if equals and path in groups(config_dirs(config_dir)).get("data", {}):
-        return False
-    from uft.data.readers import reader_of
-
-    there = os.path.exists(path) or "/" in path if equals else os.path.isfile(path)
-    return there or reader_of(Path(path)) is not None
-
-
 def several_rows(word: str, config_dir: str | None, sweeps: bool) -> list[str]:
     """`data=a.jsonl,b.jsonl` as a source with two paths to run, `data=[a.jsonl,b.jsonl]` as two words; [] for anything
     else. `sweeps`: whether there may be several values."""
@@ -265,8 +267,7 @@ def with_sources(words: Sequence[str], config_dir: str | None = None, sweeps: bo
         return list(words)
     sources: dict[str, str] = {}
     for path in (word.removeprefix("data=").strip("'\"") for word in files):
-        name = re.sub(r"\W", "_", Path(path).name.partition(".")[0], flags=re.ASCII)
-        name = name if re.match(r"[A-Za-z_]", name) else f"_{name}"
+        name = source_name(path)
         while name in sources:
             name += "_"
         sources[name] = path if PLAIN_PATH.fullmatch(path) else quote(path)

@@ -284,7 +284,8 @@ class Draft:
             near = nearest(str(fault.value), options)
             advice = hint(near and f"{setting.key}={near}", "methods" if is_method else "choices", options)
             why = "no such method" if is_method else "no such choice"
-            return self._against_rule(path, fault.value, why, (advice,))
+            packages = "or of a package that is not installed here:  uft docs rewards"
+            return self._against_rule(path, fault.value, why, (advice, packages)[: 1 + (is_method and not near)])
         if fault.type in BOUNDS:
             value = float(fault.value) if bare(kind) is float else fault.value
             return self._against_rule(path, value, f"must be {BOUNDS[fault.type]} {fault.bound:g}", ())
@@ -326,7 +327,8 @@ class Draft:
                 held_out = re.search("eval|test|val", path[-1])
                 meant = f"{'data.sources.NAME.eval_path' if held_out else 'data'}={setting.value}"
         shown = [key for key in siblings if prefix[:1] not in ((OBJECTIVE,), (REWARD,)) or key not in NOT_TYPED]
-        advice = hint(of_trl or meant, "keys" if prefix else "groups and keys", [] if of_trl else shown)
+        known = [] if of_trl or (meant and not prefix) else shown  # of all groups a long line, which helps no more
+        advice = hint(of_trl or meant, "keys" if prefix else "groups and keys", known)
         advice = f"{of_trl}: {note}" if note else advice
         unknown = not prefix and meant is None and not of_trl  # beta, of an objective that has none
         more = belongs_to(path[-1]) if prefix[:1] == (OBJECTIVE,) or unknown else ()

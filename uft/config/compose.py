@@ -28,7 +28,7 @@ from uft.config.files import (
     translate,
 )
 from uft.config.frozen import to_builtins
-from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
+from uft.config.messages import COMMAND_LINE, as_typed, hint, nearest, no_such_option, written
 from uft.config.models import complete, gives_choice
 from uft.config.schema import Config, KeyPath, Stage, flat, leaves
 from uft.config.stages import (
@@ -80,7 +80,7 @@ def require(request: Request) -> Examined:
 
 
 def footer(examined: Examined) -> str:
-    words = [quoted(word) for word in examined.kept if not word.lstrip("+~").startswith("hydra")]
+    words = [quoted(word) for word in as_typed(examined.kept) if not word.lstrip("+~").startswith("hydra")]
     command = " ".join(["uft config", *words])
     return f"Nothing was started.  See what would run:  {command}"
 

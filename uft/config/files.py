@@ -458,6 +458,8 @@ def _unreadable(line: str, error: HydraException) -> Problem:
         return Problem(line, "has a space beside =", COMMAND_LINE, (f"write  {key.strip()}={value.strip()}",))
     if not equals:  # sft is objective=sft
         options = [f"{group}={key}" for group, files in groups(config_dirs()).items() if key in files]
+        if Path(key).is_dir():
+            options += [f"model.path={key}" if Path(key, "config.json").is_file() else f"data={key}"]
         advice = f"did you mean  {' or '.join(options)} ?" if options else f"write  {key}=VALUE"
         if Path(key).suffix in (".yaml", ".yml"):
             advice = f"a file of settings is  conf-user/experiment/{Path(key).name}  and  experiment={Path(key).stem}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -90,6 +91,45 @@ def conf_name(path: Path) -> str:
     return str(path)
 
 
+# files of rows on the command line
+
+PLAIN_PATH = re.compile(r"[\w./:@-]+", re.ASCII)
+FREE_KEY = re.compile(r"(data\.(sources\.\w+\.columns|template_args)|eval\.(task|shot)_files|rollout\.reward)\.\w+=")
+"""Keys that are checked against rows, the template, tasks and checkers later, and so need no + to be new."""
+
+
+def names_rows(word: str, config_dir: str | None = None) -> bool:
+    """Whether a word is a file of rows, or chooses one (or a folder, or a hub id with its slash) as data=PATH."""
+    key, equals, path = word.partition("=") if "=" in word else ("data", "", word)
+    if key != "data" or word.startswith(("~", "-")):
+        return False
+    if equals and path in groups(config_dirs(config_dir)).get("data", {}):
+        return False
+    from uft.data.readers import reader_of
+
+    there = os.path.exists(path) or "/" in path if equals else os.path.isfile(path)
+    return there or reader_of(Path(path)) is not None
+
+
+def source_name(path: str) -> str:
+    """The source that data=PATH makes: the name of its file, as a key."""
+    name = re.sub(r"\W", "_", Path(path).name.partition(".")[0], flags=re.ASCII)
+    return name if re.match(r"[A-Za-z_]", name) else f"_{name}"
+
+
+def as_typed(words: Sequence[str]) -> list[str]:
+    """Overrides as short as a person types them: data=PATH for a source that is named after its file, and no + before
+    keys that need none."""
+    bare = [word[2:] if word.startswith("++") and FREE_KEY.match(word[2:]) else word for word in words]
+    bare = [word for word in bare if word != "model=custom" or not any(x.startswith("model.path=") for x in bare)]
+    files = dict[str, str]()
+    for word in bare if "data=files" in bare else ():
+        name, _, path = word.removeprefix("+data.sources.").partition(".path=")
+        if word.startswith("+data.sources.") and PLAIN_PATH.fullmatch(path) and name == source_name(path):
+            files |= {word: f"data={path}"} if names_rows(f"data={path}") else {}
+    return [files.get(word, word) for word in bare if not (files and word == "data=files")]
+
+
 # what was meant
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
@@ -161,6 +201,7 @@ TRL_KEYS = {
     "lr_scheduler": "optim.schedule",
     "lr_scheduler_type": "optim.schedule",
     "max_completion_length": "rollout.max_new_tokens",
+    "max_len": "train.max_length",
     "max_prompt_length": "train.max_length: of prompt and completion together; longer rows: data.too_long",
     "max_seq_length": "train.max_length",
     "max_steps": "train.steps",
@@ -193,6 +234,7 @@ TRL_KEYS = {
     "save_steps": "train.checkpoint_every",
     "save_strategy": "train.checkpoint_every",
     "save_total_limit": "train.keep_last",
+    "select.keep": "select.rows",
     "shuffle": "seeds.data: rows are drawn in an order of this seed",
     "steps_per_generation": "rollout.prompts: as a multiple of train.batch_size",
     "temperature": "generate.temperature: of answers; of own samples in training rollout.temperature",

@@ -453,7 +453,8 @@ def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return [_saved_dataset(path, place)], []
     files = sorted(p for p in path.iterdir() if p.is_file() and reader_of(p))
-    if (path / "README.md").is_file() or not files:
+    card = path / "README.md"  # of the hub, with a head that says which files are rows
+    if not files or (card.is_file() and card.read_bytes()[:3] == b"---"):
         return [_hub(str(path), place)], []
     # names may tell splits apart (train-00.jsonl, rows_test.jsonl); else all files are of any split
     named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.search(file.stem))}
@@ -522,6 +523,8 @@ def _hub(name: str, place: Place) -> RecordTable:
     except Exception as error:  # of the hub, the network or a builder; a user cannot act on a traceback
         why = "datasets cannot read this folder" if local else "not found here, and not from the hub"
         advice = () if local else ("without a network, give a file, a folder or builtin:NAME",)
+        while error.__cause__ and local:  # "an error occurred", in which file and why
+            error = error.__cause__  # type: ignore[assignment]
         raise place.problem(f"{why}: {first_line(error)}", *advice) from error
     finally:
         if progress:

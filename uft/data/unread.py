@@ -200,8 +200,8 @@ def unread(form: Format, fields: Record) -> Iterator[tuple[str, Any]]:
     """Fields that say something and are not read, with their values: columns, and as `column.key` those of messages and
     completions, and grades within other objects."""
     known = form.columns | COMMON | {"row"}  # row: a name, in the files of `write_rows`
-    for column in fields.keys() - known:
-        if not is_blank(fields[column]):
+    for column in fields:
+        if column not in known and not is_blank(fields[column]):
             yield from ((column, fields[column]), *_grades_within(column, fields[column]))
     whole = fields.get("messages") if "messages" in form.optional else None
     if not is_blank(whole) and whole != fields["chosen"]:  # the pair's prompt with its chosen reply, once more

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from uft import __version__
-from uft.config.compose import Examined
+from uft.config.compose import Examined, quoted
 from uft.config.frozen import ABSENT, frozen, may_change, to_yaml
-from uft.config.messages import written
+from uft.config.messages import as_typed, written
 from uft.config.parameters import defaults_of, objective_of
 from uft.config.stages import completed, data_nodes, differences
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, visible
@@ -84,6 +84,9 @@ def launch_train(asked: Mapping[str, Any], overrides: Sequence[str] = (), quiet:
         except FileExistsError:  # another run began in the same second
             run = Run(single_run_dir(asked))
             settings["run"]["name"] = run.name
+        except OSError as error:  # no folder that the system lets one make, as below /proc
+            why = f"the folder cannot be made: {error.strerror}"
+            raise UftError(Problem(f"run.dir={shown(run.path)}", why, advice=("choose another folder",))) from error
     with run.lock():  # of two processes that make the same run, one makes it and the other finds it
         fresh = not run.exists
         if fresh:
@@ -136,7 +139,7 @@ def continue_run(
         settings["optim"] = {**settings["optim"], "warmup": float(extended["warmup"])}
     if changes:
         word = typed_path(run.path)
-        other = f"start another run from its weights:  uft train init_from={word}"
+        other = further_training(run)
         footer = (
             "A run goes on under the configuration it began with (old -> new above).\n"
             f"Continue it as it is:  uft resume {word}\nor "
@@ -167,6 +170,13 @@ def continue_run(
     return run_session(run, cwd=cwd, quiet=quiet)
 
 
+def further_training(run: Run) -> str:
+    """The advice to train further from a run's weights, on its data with its objective."""
+    own = ("run.", "sweep.", "train.steps=", "init_from=", "model=", "model.")
+    words = [quoted(word) for word in as_typed(run.overrides()) if not word.lstrip("+").startswith(own)]
+    return " ".join(["start another run from its weights:  uft train", f"init_from={typed_path(run.path)}", *words])
+
+
 def extension(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
     """How far the horizon of a run is extended, for its run.json: steps before and then, and its steps of warm-up,
     which stay what they were. UftError where the steps that were taken would have been others under the new horizon."""
@@ -175,7 +185,7 @@ def extension(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
     optim, steps, begun = settings["optim"], settings["train"]["steps"], run.config()
     before = begun["train"]["steps"] or run.info().get("total_steps")
     rollout, hints = settings["rollout"], settings["rollout"]["hint"]["schedule"]
-    why, advice = "", f"start another run from its weights:  uft train init_from={run.name}"
+    why, advice = "", f"{further_training(run)} train.steps={steps}"
     if begun.get("stages"):
         why = "a run of several stages has a horizon for each of them"
     elif optim["schedule"] != "constant":
@@ -245,26 +255,28 @@ def _rows_by_kind(data: str, working_directory: str) -> dict[str, dict[str, int]
     return {source.name: {kind.value: count for kind, count in kinds(source.rows).items()} for source in loaded}
 
 
-def unusable_rows(settings: Mapping[str, Any]) -> list[Problem]:
-    """Problems of rows that the objective of a request cannot use, by source and kind.
+def unusable_rows(settings: Mapping[str, Any]) -> tuple[list[Problem], bool]:
+    """(problems of rows that the objective of a request cannot use, by source and kind; whether rows are left that it
+    can use).
 
     The worker tells the same at its start, and of single rows too. A request with stages is left to it. Raises
     UftError with the rows that cannot be read.
     """
     data, objective = settings["data"], settings["objective"]
     if settings.get("stages") or data["unusable"] == "drop":
-        return []
+        return [], True
     usable = {kind.value for kind in objective_of(objective).views}
     name_of_objective = objective.get("name") or objective["method"]
     sources = {name: {**source, "share": None} for name, source in data["sources"].items()}
-    problems = []
+    problems, some = [], False
     for name, counts in _rows_by_kind(_mixture(data, sources), os.getcwd()).items():
         shown = 2 * sum(counts[kind] for kind in counts if kind in DEMONSTRATIONS) > sum(counts.values())
         if data["sources"][name]["share"] != 0 and data["ratio"] != (0 if shown else 1):
             for kind in (kind for kind in counts if kind not in usable):
                 why = f"objective={name_of_objective} cannot use {counts[kind]:,} {kind} rows"
                 problems.append(Problem(f"data.sources.{name}", why))
-    return problems
+            some |= not usable.isdisjoint(counts)
+    return problems, some
 
 
 def run_session(

@@ -40,7 +40,7 @@ from omegaconf import DictConfig
 from uft.config.compose import Examined, examine, footer, quoted
 from uft.config.files import Request, request_of_job
 from uft.config.frozen import ABSENT, may_change
-from uft.config.messages import COMMAND_LINE, hint, nearest, written
+from uft.config.messages import COMMAND_LINE, as_typed, hint, nearest, written
 from uft.errors import FAILED, Problem, UftError, raise_problems, visible
 from uft.launch.forkserver import forkserver
 from uft.launch.launcher import JOB_KEYS, JobFailed, changed_keys, row_problems, slug, today, trust, unusable_rows
@@ -109,7 +109,7 @@ class Sweep:
         if not problems:
             problems, last = row_problems(examined, refused=False)
         if not problems and self.verb in ("train", "check"):
-            problems, last = self.unusable(examined, lines), "Leave these rows out in all of them:  data.unusable=drop"
+            problems, last = self.unusable(examined, lines)
         raise_problems(problems, footer=last)
         settings = [one.settings for one in examined]
         sweep, prefix = settings[0]["sweep"]["name"], settings[0]["run"]["name"]
@@ -129,14 +129,28 @@ class Sweep:
         refuse_other_runs(jobs)
         return jobs
 
-    def unusable(self, examined: Sequence[Examined], lines: Sequence[Sequence[str]]) -> list[Problem]:
-        """Problems of rows that the objectives of jobs cannot use, each once, with the first job that has it."""
-        first_job: dict[Problem, int] = {}
+    def unusable(self, examined: Sequence[Examined], lines: Sequence[Sequence[str]]) -> tuple[list[Problem], str]:
+        """(problems of rows that the objectives of jobs cannot use, each once with the first job that has it; the
+        commands that help)."""
+        found: dict[Problem, int] = {}
+        left = [True] * len(lines)
         for number, one in enumerate(examined):
-            for problem in unusable_rows(one.settings):
-                first_job.setdefault(problem, number)
-        varying = {n: " ".join(x for x in lines[n] if word_key(x) in self.axes) for n in first_job.values()}
-        return [replace(problem, advice=(f"first in  {varying[number]}",)) for problem, number in first_job.items()]
+            problems, left[number] = unusable_rows(one.settings)
+            for problem in problems:
+                found.setdefault(problem, number)
+        varying = {number: " ".join(x for x in lines[number] if word_key(x) in self.axes) for number in found.values()}
+        none = {number: "" if left[number] else ", which can use no other row" for number in found.values()}
+        told = [replace(one, advice=(f"first in  {varying[n]}{none[n]}",)) for one, n in found.items()]
+        if all(left):
+            return told, "Leave these rows out in all of them:  data.unusable=drop"
+        axis = next((name for name in METHODS if name in self.axes), "")
+        able = [line for line, some in zip(lines, left, strict=True) if some]
+        usable = {word for line in able for word in line if word_key(word) == axis}
+        if not usable:
+            return told, "What takes every kind of row:  objective=uft"
+        values = ",".join(value for value in self.axes[axis] if f"{axis}={value}" in usable)
+        words = [f"{axis}={values}" if word_key(word) == axis else word for word in self.typed]
+        return told, f"Without what can use no row:  uft {self.verb} -m {' '.join(map(quoted, as_typed(words)))}"
 
     def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
         """Give jobs to Hydra's launcher, which returns when all of them have ended."""
@@ -344,7 +358,7 @@ def commands_apart(
     for without, methods in groups.items():
         own = f"{axis}={','.join(methods)}"
         words = [own if word_key(word) == axis else word for word in typed if word_key(word) not in without]
-        lines.append(f"  uft train -m {' '.join(map(quoted, [*words, *name]))}")
+        lines.append(f"  uft train -m {' '.join(map(quoted, [*as_typed(words), *name]))}")
     return [*lines, ""]
 
 

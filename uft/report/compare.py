@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from uft import __version__
+from uft.config.messages import as_typed
 from uft.report import metrics
 from uft.report.cautions import Case, cautions
 from uft.report.groups import Grouping, baselines, differences, grouping
@@ -219,7 +220,7 @@ def run_record(n: int, run: LoadedRun, grouped: Grouping) -> Object:
         "supervised_tokens": integer(figures.get("supervised_tokens")),
         "tokens_per_second": jsonable(figures.get("tokens_per_second")),
         "peak_memory_bytes": integer(figures.get("peak_memory_bytes")),
-        "command": jsonable(shlex.join(["uft", "train", *words])) if run.overrides else None,
+        "command": jsonable(shlex.join(["uft", "train", *as_typed(words)])) if run.overrides else None,
         "wandb": jsonable(address) if isinstance(address, str) and WEB.match(address) else None,
         "facts": jsonable(run.facts),
     }

@@ -287,6 +287,10 @@ def differences(runs: Sequence[LoadedRun], seed_keys: Sequence[str]) -> list[tup
     configs = {number: run.config for number, run in enumerate(runs) if run.config}
     facts = {number: run.facts for number, run in enumerate(runs) if run.info}
     keys = [key for key in all_keys(configs.values()) if not key.startswith(RUN_KEYS) and not is_seed(key, seed_keys)]
+    following = {
+        key for key in keys if key.endswith(SELECT_SEED) and not seed_keys
+    }  # seeds too, if no others are given
+    keys = [key for key in keys if key not in following or any(c.get(key) != c.get("seed") for c in configs.values())]
     columns = [(key, {number: config.get(key, ABSENT) for number, config in configs.items()}) for key in keys]
     columns += [(key, {n: of.get(key, ABSENT) for n, of in facts.items()}) for key in all_keys(facts.values())]
     differing = []

@@ -91,6 +91,7 @@ class StatusStream:
         with self.lock:
             if self.shown:
                 self.stream.write(CLEAR_LINE)
+                self.stream.flush()  # a process that ends at once would leave the line
                 self.shown = False
 
     def tick(self) -> None:
@@ -383,7 +384,7 @@ def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
         lines += [f"  {one.source}"]
         for name, text in texts.items():
             if text is not None:
-                shown = printable_lines(shorten(text, SAMPLE_TEXT))
+                shown = printable_lines(shorten(text, SAMPLE_TEXT)) if text.strip() else "(empty)"
                 folded = [part for line in shown.split("\n") for part in textwrap.wrap(line, room) or [""]]
                 lines += [f"    {name if not number else '':<6}  {part}".rstrip() for number, part in enumerate(folded)]
     return lines
@@ -407,7 +408,7 @@ def ending_rows(
     measured = [name for name in order if name in final and "/" not in name.removeprefix(PREFIX)]
     overall = {name: final[name] for name in dict.fromkeys([*training, *measured])}
     speed = f", {count(tokens / seconds)} tok/s" if seconds > 0 else ""
-    memory = result["peak_memory_bytes"]
+    memory, saved = result["peak_memory_bytes"], result["best_checkpoint"]  # which a full disk may have refused
     times = {"training": seconds, "stages that make rows": result.get("making_seconds")}
     at = f"at step {result['steps']}/{total_steps}" if total_steps else "at its start"
     rows = [
@@ -418,7 +419,7 @@ def ending_rows(
         ("time", ", ".join(f"{duration(spent)} of {what}" for what, spent in times.items() if spent)),
         ("tokens", count(tokens) + speed if tokens else ""),
         ("peak memory", f"{memory / 1e9:.1f} GB" if memory is not None else ""),
-        ("checkpoint", place(result["best_checkpoint"]) if result["best_checkpoint"] else ""),
+        ("checkpoint", place(saved) if saved and (run is None or (run.path / saved).is_dir()) else ""),
         ("model", place("model") if run and run.model_dir.is_dir() else ""),
         ("next", "\n".join(commands)),
     ]

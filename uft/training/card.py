@@ -256,6 +256,7 @@ def stage_card(prepared: Prepared) -> Card:
     share = "a share of the model" if hardware.sharding == "full" else "the whole model"
     parts = prepared.memory
     needed = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
+    saved = (parts["gradients"] + parts["optimiser"]) * (processes if hardware.sharding == "full" else 1)
     compared, named = ("teacher", f"{config.teacher.path}, ") if objective.needs.teacher else ("reference", "")
     path = shown(Path(config.model.path)) if Path(config.model.path).is_absolute() else config.model.path
     return [
@@ -275,4 +276,5 @@ def stage_card(prepared: Prepared) -> Card:
         ("evaluation", evaluation if held_out else "no held-out rows: set data.holdout=0.05 to measure on some"),
         ("device", f"{device} ({name})" + (f", {processes} processes, each with {share}" if processes > 1 else "")),
         ("memory", f"about {count(sum(parts.values()))}B of {count(free)}B free ({needed})"),
+        ("checkpoints", f"about {count(saved)}B each, the newest {config.train.keep_last} are kept (train.keep_last)"),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from uft.config.frozen import source_overrides
+from uft.config.messages import as_typed
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import Stage, is_made, rows_of
 from uft.data.chat import Renderer
@@ -263,11 +265,15 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loade
         from uft.sampling.annotate import ANNOTATORS  # here: a request that lacks nothing starts without it
     for name, words in lacking.items():
         models = ["annotate.models=[MODEL,...]"] if ANNOTATORS[name].models else []
-        footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
+        footer.append(f"Write it:  {' '.join(['uft annotate', name, *as_typed(['data=files', *words]), *models])}")
     some = sampler.takes_anything() or all(kind is Kind.PROMPT for _, kind in by_kind)
     none = "No other row is left. What takes every kind of row:  objective=uft"
     out = "Leave these rows out:  data.unusable=drop" if some else none
     raise_problems(problems, footer="\n".join([*footer, out]))
+
+
+PAIRED = ("good|bett|win|pos|right|prefer", "bad|wors|los|neg|wrong|disprefer")
+"""How people call the columns of a better and of a worse reply."""
 
 
 def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str]) -> tuple[str, tuple[str, ...]]:
@@ -278,10 +284,15 @@ def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str
         return "it sets own completions beside a demonstration, and they have none", ("objective=grpo",)
     if samples:
         return "they have no reply, and are not sampled", (f"{key}.rollout=true",)
-    plain = [column for column in unread if "." not in column][:3]
-    words = " ".join(["data=files", *source_overrides(name, source)])
+    columns = [column for column in unread if "." not in column]
+    pair = [next(filter(re.compile(pattern, re.IGNORECASE).search, columns), None) for pattern in PAIRED]
+    if all(pair):
+        named = [f"a pair under other names:  {key}.columns.chosen={pair[0]} {key}.columns.rejected={pair[1]}"]
+    else:
+        named = [f"a reply under another name:  {key}.columns.completion={column}" for column in columns]
+    words = " ".join(as_typed(["data=files", *source_overrides(name, source)]))
     return "they have no reply to learn from", (
-        *(f"a reply under another name:  {key}.columns.completion={column}" for column in plain),
+        *named[:3],
         "learn from the policy's own replies:  objective=grpo rollout.completions=8 reward=NAME",
         f"have a model answer them first:  uft generate model=NAME {words}",
     )

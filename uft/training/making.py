@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from uft.config.frozen import source_overrides
+from uft.config.messages import as_typed, config_dirs, groups
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS
 from uft.data.chat import Renderer
@@ -111,11 +112,14 @@ def generate(work: Work) -> None:
     for line in shown:
         prompt = line["prompt"] if isinstance(line["prompt"], str) else str(line["prompt"][-1]["content"])
         say("\n" + shown_answer(prompt, line.get("negatives") or [line["response"]]))
-    say(
-        f"\nyour own questions:  uft generate RUN 'a question'\n"
-        f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
-        f" model={config.model.name}"
-    )
+    say("\nyour own questions:  uft generate RUN 'a question'")
+    path, name = typed_path(Path(config.model.path)), config.model.name  # an option, or the name of a folder
+    known = name != "custom" and name in groups(config_dirs()).get("model", {})
+    model = f"model={name}" if known else f"model.path={path}"
+    if summary.rows:
+        say(f"train on them:  uft train {use} data={typed_path(summary.path)} {model}")
+    else:
+        say(f"longer ones, if they were cut:  generate.max_new_tokens={4 * config.generate.max_new_tokens}")
 
 
 def answer(work: Work) -> None:
@@ -363,7 +367,7 @@ def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:
 def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource]) -> str:
     """The command that trains on the annotated files, by an objective that reads the column."""
     sources = [word for name, s in annotated_data(data, written).sources.items() for word in source_overrides(name, s)]
-    return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources])
+    return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", *as_typed(["data=files", *sources])])
 
 
 # --- Choosing rows of a mixture: the job `select`, and stages that do it.

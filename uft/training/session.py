@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from uft.config.frozen import to_builtins
+from uft.config.messages import as_typed
 from uft.config.schema import Config, Eval, Model
 from uft.config.stages import Stage, is_made, maker, stages_of
 from uft.distributed import ranks
@@ -585,7 +586,8 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     files = any(word.lstrip("+").startswith(("experiment", "--")) for word in words)  # which may set anything
     swept = any(word.lstrip("+").startswith("sweep=") for word in words)  # the command would be the whole sweep
     if not config.stages and not swept and (not files or can_be_composed(words)):
-        lines.insert(0, f"{shlex.join(['uft', 'train', *words])}      # the same rows under another objective")
+        command = shlex.join(["uft", "train", *as_typed(words)])
+        lines.insert(0, f"{command}      # the same rows under another objective")
     return lines
 
 

@@ -33,6 +33,7 @@ function answerOf(sample, run, step) {
 }
 
 function longText(text) {
+  if (text.trim() === "") return el("div", { class: "text" }, "(empty)");
   if (text.length <= LONG) return el("div", { class: "text", dir: "auto" }, text);
   const box = el("div", { class: "text", dir: "auto" }, `${text.slice(0, LONG)}…`);
   const button = el(
