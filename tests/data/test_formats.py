@@ -133,6 +133,8 @@ def called(**call):
         (called(name="w"), {"name": "w", "arguments": {}}),
         ({"messages": [ASKED, {"role": "tool_call", "content": json.dumps(CALL)}]}, CALL),
         ({"messages": [ASKED, SAID | {"weight": "0.0"}]}, "context"),
+        ({"prompt": "q", "completion": '{"a": 1, "a": 2}'}, '{"a": 1, "a": 2}'),
+        ({"prompt": "q", "completion": "\u200b", "label": False}, "\u200b"),
         ({"prompt": "q", "completion": "a", "score": "0.5"}, 0.5),
         ({"prompt": "q", "completion": "a", "score": Decimal("0.25")}, 0.25),
     ],
@@ -150,7 +152,14 @@ def test_values_in_other_forms_are_what_they_say(record, reply):
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        ({"prompt": "q", "completion": "\u200b\ufeff "}, "completion has nothing but invisible characters"),
+        (
+            {"prompt": "q", "completion": "\u200b\ufeff "},
+            "a turn of the assistant has nothing but invisible characters",
+        ),
+        ({"prompt": "\u200b", "completion": "a"}, "a turn of the user has nothing but invisible characters"),
+        ({"prompt": "q", "chosen": "\u200b", "rejected": "a"}, "a turn of the assistant has nothing but invisible"),
+        (called(name="w", arguments='{"a": 1, "a": 2}'), "names a field twice: 'a'"),
+        ({"messages": json.dumps([ASKED, SAID]).replace("{", '{"role": "x", ', 1)}, "names a field twice: 'role'"),
         ({"messages": [ASKED | {"content": None}, SAID]}, "messages[0] (user) content is null (fields: role, content)"),
         ({"prompt": '[{"role": "critic", "content": "q"}, {"role": "user", "content": "q"}]'}, "unknown role 'critic'"),
         ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]}, "chosen is a list of texts (1), and a row has one"),

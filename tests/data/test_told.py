@@ -18,6 +18,7 @@ from uft.errors import UftError
 
 SAID = (("user", "7*6?"), ("assistant", "42"), ("assistant", "13"))
 USER, REPLY, WORSE = ({"role": role, "content": content} for role, content in SAID)
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "function": {"name": "w", "arguments": {}}}]}
 SYSTEM = {"role": "system", "content": "Count well."}
 EARLIER = [{"role": "user", "content": "7*5?"}, {"role": "assistant", "content": "35"}]
 DIALOGUES = {
@@ -499,8 +500,13 @@ def test_texts_that_may_be_meant_otherwise_are_counted(tmp_path):
         PAIR | {"chosen": "None"},
         PAIR | {"rejected": "nan"},
         PAIR | {"tools": [joined], "chosen": "none of it"},
+        *(PAIR | {"chosen": text} for text in ("42\n###", "42 END", "42 [EOS]", "The end", "C#")),
+        *(PAIR | {"rejected": text} for text in ("Assistant: 42", "42\n\nHuman: 6*6?", "The assistant: 42")),
+        PAIR | {"chosen": [REPLY | {"content": "<think>6*7</think>42", "reasoning_content": "6*7"}]},
+        *(PAIR | {"chosen": [CALLS, {"role": "tool", "tool_call_id": name, "content": "42"}, REPLY]} for name in "ab"),
     ]
     expected = {"repeated_prompts": 1, "template_marks": 2, "contrary_scores": 1, "void_replies": 2, "null_fields": 1}
+    expected |= {"written_stops": 3, "written_speakers": 2, "repeated_reasoning": 1, "stray_results": 1}
     source = load(tmp_path, records)
     assert (source.omitted.oddities, source.omitted.unread) == (expected, {})
 
@@ -569,6 +575,7 @@ def test_transcripts_are_conversations_as_prompts_and_beside_them():
     for sides in ({"chosen": "42", "rejected": "13"}, {"chosen": f"{asked} 42", "rejected": f"{asked} 13"}):
         row = read({"prompt": asked, **sides})
         assert (turns(row), [c.text for c in row.completions]) == (expected, ["42", "13"])
+    assert len(turns(read({"prompt": asked.removesuffix("Assistant:"), "completion": "a"}))) == 3
     assert turns(read({"prompt": "Human: hi", "completion": "a"})) == [("user", "Human: hi")]
 
 

@@ -26,6 +26,7 @@ from uft.data.messages import (
     excerpt,
     flag,
     is_blank,
+    is_invisible,
     is_number,
     listed,
     number_of,
@@ -35,6 +36,7 @@ from uft.data.messages import (
     read_prompt,
     read_reply,
     read_text,
+    refuse_repeated,
     split_conversation,
     split_pair,
     starts_before_reply,
@@ -100,6 +102,9 @@ class Format:
     def read(self, record: Record, score_range: Range = None) -> Row:
         """The record as a row that has no name and number yet. Raises :class:`Unreadable` with the reason."""
         refuse_unlearned(record)
+        for value in (record.get(name) for name in self.columns):
+            if isinstance(value, str) and not isinstance(unpacked(value), str):  # messages as JSON
+                refuse_repeated(value)
         prompt, completions = self.parse(record, score_range)
         answer = optional_text(record.get("answer"), "answer")
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
@@ -108,6 +113,7 @@ class Format:
         if not is_blank(reasoning := record.get("reasoning_content")):
             turns = tuple(turn for one in completions for turn in one.turns)
             completions = (replace(completions[0], turns=with_reasoning(turns, reasoning)), *completions[1:])
+        refuse_invisible(prompt, completions)
         task = optional_text(record.get("task"), "task")
         return Row("", 0, prompt, with_annotations(record, completions), answer, task)
 
@@ -313,6 +319,16 @@ def refuse_unlearned(record: Record) -> None:
             whole = flag(mark) is None
             why = "not 0 or 1, and rows are learned whole or not at all" if whole else "this row is not to be learned"
             raise Unreadable(f"{name} is {excerpt(mark)}: {why}", f"leave it unread:  {{source}}.columns.{name}=''")
+
+
+def refuse_invisible(prompt: Turns, completions: tuple[Completion, ...]) -> None:
+    """Raise :class:`Unreadable` for a turn of invisible characters alone; a reply that is not taken as right may be
+    that."""
+    graded = (one.preferred is False or one.label is False or one.score is not None for one in completions)
+    right = (one.turns for one, is_graded in zip(completions, graded, strict=True) if not (is_graded or one.sampled_by))
+    for turn in (*prompt, *(turn for turns in right for turn in turns)):
+        if turn.content and is_invisible(turn.content):
+            raise Unreadable(f"a turn of the {turn.role} has nothing but invisible characters")
 
 
 def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:

@@ -7,12 +7,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from uft.data.messages import Unreadable, excerpt
+from uft.data.messages import JSON, Unreadable, repeated
 from uft.errors import first_line
 
 Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
@@ -82,24 +81,10 @@ def _record(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Unreadable(f"names a field twice: {_repeated(name for name, _ in pairs)}")
-    return found
-
-
-def _repeated(names: Iterable[str]) -> str:
-    return ", ".join(excerpt(name) for name, count in Counter(names).items() if count > 1)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _parsed(raw: bytes) -> tuple[Any, int, str]:
     """The value of a JSON text; else the line of its fault, and the fault."""
     try:
-        return _DECODER.decode(raw.decode("utf-8")), 1, ""
+        return JSON.decode(raw.decode("utf-8")), 1, ""
     except Unreadable as error:
         return None, 1, str(error)
     except UnicodeDecodeError as error:
@@ -123,8 +108,8 @@ def _csv(path: Path) -> Iterator[Found]:
             if header and "\x00" in header[0] and header[0][:1] in ("\udcff", "\udcfe"):
                 yield 1, "the file is UTF-16; save it as UTF-8"
                 return
-            if repeated := _repeated(header):
-                yield 1, f"names a column twice: {repeated[:200]}"
+            if twice := repeated(header):
+                yield 1, f"names a column twice: {twice[:200]}"
                 return
             start = rows.line_num + 1
             for cells in rows:
@@ -152,8 +137,8 @@ def _parquet(path: Path) -> Iterator[Found]:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     with pyarrow.parquet.ParquetFile(opened(path)) as file:  # read_table would make columns of the names of folders
-        if repeated := _repeated(file.schema_arrow.names):
-            yield 1, f"names a column twice: {repeated[:200]}"
+        if twice := repeated(file.schema_arrow.names):
+            yield 1, f"names a column twice: {twice[:200]}"
             return
         names = _class_names(file.schema_arrow.metadata)
         rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))

@@ -31,6 +31,11 @@ ODDITIES = {
     "template writes them as null",
     "text_arguments": "a call of a tool has arguments that are a text and no JSON object: templates write it as a text",
     "void_replies": "a reply is nothing but None, null or NaN, as a program writes an empty cell",
+    "written_stops": "a reply ends with a mark of its end that is written out (###, END, [EOS]): it is learned as "
+    "text, before the end-of-turn token",
+    "written_speakers": "a reply spells who speaks (Assistant:, Human:): it is learned as text",
+    "repeated_reasoning": "a reply has its reasoning in a field and <think> in its text: both are learned",
+    "stray_results": "the result of a tool names a call that no turn before it makes",
     "template_marks": "a text spells marks of chat templates (<|im_start|>): letters, unless data.special_text=tokens",
 }
 """The sentence of each of :func:`uft.data.rows.oddities`, after the number of its rows."""
