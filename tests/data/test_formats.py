@@ -1,10 +1,12 @@
 """Recognising a format by its columns, and saying so when it cannot be."""
 
 import json
+import shlex
 from decimal import Decimal
 
 import pytest
 
+from uft.config.compose import compose
 from uft.config.schema import data_settings
 from uft.data.formats import FIELDS, FORMATS, check_mapping, from_text, recognise, rename
 from uft.data.messages import Unreadable
@@ -209,6 +211,17 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({"messages": [ASKED], "output": "b"}, "leave it unread:  data.sources.mine.columns.output=''"),
         ({"prompt": "q", "response_a": "yes", "response_b": "no"}, "columns.rejected=response_b"),
         (PAIR | {"margin": -1.5}, "margin (1 row) may say that the rejected side is the better one"),
+        (PAIR | {"chosen-avg-rating": 2.0, "rejected-avg-rating": 4.0}, "chosen-avg-rating (1 row) may say that the"),
+        (PAIR | {"score_difference": -1}, "score_difference (1 row) may say that the rejected side"),
+        (PLAIN | {"rating_1_to_5": "1"}, "columns.score=rating_1_to_5"),
+        (PLAIN | {"tests_passed": 0}, "tests_passed (1 row) may say how good"),
+        (PLAIN | {"is_refusal": True}, "is_refusal (1 row) may say how good"),
+        (PLAIN | {"llm_judge": "❌"}, "columns.label=llm_judge"),
+        (PLAIN | {"user.rating": 1}, "columns.score=user.rating"),
+        (PLAIN | {"corrected_response": "b"}, "columns.chosen=corrected_response data.sources.mine.columns.rejected="),
+        (PLAIN | {"hard_negatives": ["b"]}, "read a list of them:  data.sources.mine.columns.negatives=hard_negatives"),
+        (PLAIN | {"train_on_turns": [1]}, "train_on_turns (1 row) may say how much is learned"),
+        (CONVERSATION | {"model_response": "b"}, "leave it unread:  data.sources.mine.kind=demonstration"),
         (PAIR | {"chosen_rank": 2, "rejected_rank": 1}, "chosen_rank (1 row) may say that the rejected side"),
     ],
 )
@@ -229,8 +242,36 @@ def test_bookkeeping_beside_rows_is_told_only(tmp_path):
         "train_id": 1,
         "table_id": "x",
     }
+    kept |= {"quality_class": 1, "rating_id": 7, "best_of_n": 4, "edited_at": "today"}
     kept |= {"topic_label": 1, "response": "a", "type": "code", "correct_answer": "42", "options": ["q"]}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(CONVERSATION | kept) + "\n")
     (source,) = load_sources(data_settings({"sources": {"mine": {"path": str(path)}}, "holdout": 0}))
     assert sorted(source.omitted.unread) == sorted({*kept, "completion"} - {"response"})
+
+
+@pytest.mark.parametrize(
+    "name", ["user rating", "user's rating", 'a "rating"', "$rating", "rating\\", "rating [1-5]", "rating:1"]
+)
+def test_advice_about_a_column_of_any_name_can_be_typed(tmp_path, name):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "q", "completion": str(score), name: score}) + "\n" for score in (0, 1))
+    )
+    with pytest.raises(UftError) as error:
+        load_sources(data_settings({"sources": {"mine": {"path": str(path)}}, "holdout": 0}))
+    (line,) = (line for line in str(error.value).splitlines() if "read it as good or bad:" in line)
+    words = shlex.split(line.partition(":  ")[2])
+    settings = compose(
+        ["objective=kto", "data=files", f"+data.sources.mine.path={path}", "data.holdout=0", f"+{words[0]}"]
+    )
+    assert len(words) == 1
+    assert load_sources(data_settings(settings["data"]))[0].kinds == {Kind.BINARY: 2}
+
+
+def test_a_file_of_a_folder_that_is_refused_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q", "response": "a"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps(CONVERSATION | {"response": "b"}) + "\n")
+    with pytest.raises(UftError, match="these lines are for all files of the folder") as error:
+        load_sources(data_settings({"sources": {"mine": {"path": str(tmp_path)}}, "holdout": 0}))
+    assert f"({tmp_path / 'b.jsonl'})" in str(error.value)

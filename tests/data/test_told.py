@@ -14,7 +14,7 @@ from uft.data.report import data_cautions, data_omissions, data_report
 from uft.data.rows import Kind
 from uft.data.sources import load_sources
 from uft.data.tokens import tokenize_all
-from uft.errors import UftError
+from uft.errors import UftError, typed
 
 SAID = (("user", "7*6?"), ("assistant", "42"), ("assistant", "13"))
 USER, REPLY, WORSE = ({"role": role, "content": content} for role, content in SAID)
@@ -75,8 +75,8 @@ def test_grades_under_other_names_are_refused_with_the_lines_that_read_them(tmp_
         records = [record | {name: 1} for record in list(DIALOGUES.values())[:1]]
         said = refused(tmp_path, records)
         assert f"{name} (1 row) may say how good a completion is" in said
-        assert f"data.sources.mine.columns.score={name}" in said
-        assert f"data.sources.mine.columns.label={name}" in said
+        assert typed("data.sources.mine.columns.score", name) in said
+        assert typed("data.sources.mine.columns.label", name) in said
         source = load(tmp_path, records, kind="demonstration")
         assert (source.kinds, source.omitted.unread) == ({Kind.DEMONSTRATION: 1}, {name: 1})
         assert load(tmp_path, records, columns={"score": name}).rows[0].completions[0].score == 1.0

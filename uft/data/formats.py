@@ -48,7 +48,7 @@ from uft.data.messages import (
 )
 from uft.data.records import LARGEST, SIDES, with_annotations
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row, Turns
-from uft.errors import Problem, UftError, did_you_mean
+from uft.errors import Problem, UftError, did_you_mean, typed
 
 Range = tuple[float, float] | None  # of scores; None: the format's own
 Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
@@ -158,7 +158,7 @@ def recognise(
     if not guesses and kind is None and not any(f.required & known for f in near):  # nothing is ours
         lacks, guesses = [], [dict.fromkeys(("prompt", "completion"), "THEIR_COLUMN"), {"messages": "THEIR_COLUMN"}]
     guesses = guesses or [{min(near[0].required - known): "THEIR_COLUMN"}]
-    ways = (" ".join(f"{key}.columns.{ours}={theirs}" for ours, theirs in found.items()) for found in guesses)
+    ways = (" ".join(typed(f"{key}.columns.{ours}", theirs) for ours, theirs in found.items()) for found in guesses)
     why = f"no known {'row' if kind is None else kind} format has the columns {', '.join(sorted(columns)) or '(none)'}"
     if len(columns) == 1 and (mark := re.search(r"[;|\t]", next(iter(columns)))):
         lacks.append(f"columns of a CSV file are divided by commas here, not by {mark[0]!r}")
@@ -259,7 +259,7 @@ def _number(cell: Any) -> Any:
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 """Weights of the attributes, each 0 to 4: the aggregate of the Nemotron reward models without length and complexity."""
 _LABEL_WORDS = (
-    *("true false", "yes no", "good bad", "positive negative", "desirable undesirable", "chosen rejected"),
+    *("true false", "✅ ❌", "yes no", "good bad", "positive negative", "desirable undesirable", "chosen rejected"),
     *("accepted rejected", "correct incorrect", "like dislike", "upvote downvote", "thumbs_up thumbs_down", "👍 👎"),
     *("up down", "pos neg", "pass fail", "passed failed", "right wrong", "accept reject", "y n", "t f"),
     *("approved disapproved", "valid invalid", "safe unsafe", "helpful unhelpful", "preferred dispreferred"),
