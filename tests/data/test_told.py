@@ -10,9 +10,10 @@ from uft.data.chat import Renderer
 from uft.data.formats import recognise, rename
 from uft.data.messages import Unreadable
 from uft.data.mixture import Mixture
-from uft.data.report import data_cautions, data_omissions, data_report
+from uft.data.report import CONTRADICTED, data_cautions, data_omissions, data_report
 from uft.data.rows import Kind
 from uft.data.sources import load_sources
+from uft.data.table import claims
 from uft.data.tokens import tokenize_all
 from uft.errors import UftError, typed
 
@@ -465,11 +466,14 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     assert data_omissions(found["sources"]) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
     assert data_cautions(found) == [
         "pairs: in 1 of its rows both sides of the pair are the same: they teach nothing",
+        f"rows contradict each other in 1 case: {CONTRADICTED}",
+        "10 of the training rows repeat another one, prompt and completions",
         "labels are uneven: 11 good, 1 bad",
     ]
     labels.write_text("".join(json.dumps(DIALOGUES["alpaca"] | {"label": False}) + "\n" for n in range(3)))
     assert data_cautions(report(labels=labels)) == [
-        "every labelled row is bad: nothing tells good completions from bad ones"
+        "2 of the training rows repeat another one, prompt and completions",
+        "every labelled row is bad: nothing tells good completions from bad ones",
     ]
 
 
@@ -598,3 +602,19 @@ def test_of_two_names_of_a_field_the_one_that_is_set_counts():
     empty = {"role": None, "content": None, "from": None, "value": None}
     union = [empty | {"from": "human", "value": "7*6?"}, empty | {"role": "assistant", "content": "42"}]
     assert turns(read({"messages": union})) == [("user", "7*6?")]
+
+
+@pytest.mark.parametrize("many", [0, 6000], ids=["in memory", "on disk"])
+def test_rows_that_repeat_or_contradict_others_are_counted(tmp_path, many):
+    others = [{"prompt": str(n), "completion": "a", "label": n % 2 == 0} for n in range(many)]
+    path, pairs = tmp_path / "labels.jsonl", tmp_path / "pairs.jsonl"
+    labels = [*others, *(PLAIN | {"label": label} for label in (True, False, False))]
+    path.write_text("".join(json.dumps(one) + "\n" for one in labels))
+    swapped = PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+    pairs.write_text("".join(json.dumps(one) + "\n" for one in (PAIR, swapped, PAIR | {"chosen": "40"})))
+    sources = {"labels": {"path": str(path)}, "pairs": {"path": str(pairs)}}
+    loaded = load_sources(data_settings({"sources": sources, "holdout": 0}))
+    assert claims([source.rows for source in loaded]) == (1, 2)
+    said = "\n".join(data_cautions({"sources": {}, "repeated": 1, "contradicted": 2}))
+    assert "1 of the training rows repeat another one" in said
+    assert "rows contradict each other in 2 cases" in said

@@ -13,7 +13,7 @@ from uft.data.chat import Tokens
 from uft.data.mixture import Mixture
 from uft.data.rows import Kind, View
 from uft.data.sources import LoadedSource
-from uft.data.table import grouped, like, prompt_words
+from uft.data.table import claims, grouped, like, prompt_words
 from uft.data.tokens import LengthReport, TokenizedSource
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ ODDITIES = {
     "template_marks": "a text spells marks of chat templates (<|im_start|>): letters, unless data.special_text=tokens",
 }
 """The sentence of each of :func:`uft.data.rows.oddities`, after the number of its rows."""
+CONTRADICTED = "the same reply is labelled good and bad, or the sides of a pair are swapped"
 UNEVEN = 10
 """Labels of one side for each of the other from which on they are called uneven."""
 SUMS = {
@@ -107,7 +108,9 @@ def data_report(
         }
     contents = "\n".join(f"{source.name} {source.digest}" for source in loaded)
     digest = hashlib.sha256(contents.encode()).hexdigest()
-    return {"rows_drawn": sum(drawn), "digest": digest, "seed": mixture.seed, "sources": sources}
+    repeated, contradicted = claims([source.rows for source in loaded])
+    counts = {"rows_drawn": sum(drawn), "repeated": repeated, "contradicted": contradicted}
+    return {**counts, "digest": digest, "seed": mixture.seed, "sources": sources}
 
 
 def _labels(source: LoadedSource) -> dict[str, int]:
@@ -140,6 +143,10 @@ def data_cautions(report: Mapping[str, Any]) -> list[str]:
         for oddity, sentence in ODDITIES.items()
         if entry[oddity]
     ]
+    if contradicted := report.get("contradicted"):
+        lines.append(f"rows contradict each other in {contradicted:,} case{'s' * (contradicted > 1)}: {CONTRADICTED}")
+    if repeated := report.get("repeated"):
+        lines.append(f"{repeated:,} of the training rows repeat another one, prompt and completions")
     good, bad = (sum(entry["labels"].get(side, 0) for entry in report["sources"].values()) for side in ("good", "bad"))
     if good + bad and not (good and bad):
         lines.append(f"every labelled row is {'good' if good else 'bad'}: nothing tells good completions from bad ones")

@@ -189,6 +189,20 @@ def prompt_hash(prompt: Sequence[Message]) -> str:
     return hashlib.sha256(turns.encode("utf-8")).hexdigest()
 
 
+def claim_word(row: Row) -> int:
+    """64 bits of what a row claims: a hash of its kind, prompt and completions in any order; the last bit: which way.
+
+    Rows that are the same repeat each other; those that differ in the last bit alone contradict each other: the same
+    reply is labelled good and bad, or the sides of a pair are swapped.
+    """
+    said = [json.dumps(_turn_lists(one.turns)) for one in row.completions]
+    first = row.completions[0] if row.completions else None
+    swapped = first is not None and first.preferred is not None and said[0] != min(said)
+    content = json.dumps([row.kind.value, _turn_lists(row.prompt), *sorted(said)])
+    word = int(hashlib.sha256(content.encode("utf-8")).hexdigest()[:16], 16)
+    return (word | 1) - (swapped or (first is not None and first.label is False))
+
+
 def _turns(turns: list[list[Any]]) -> Turns:
     return tuple(Message(*turn) for turn in turns)
 

@@ -230,6 +230,11 @@ def check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
     for unknown in sorted(arguments.keys() - words):
         advice = did_you_mean(unknown, sorted(words), cutoff=0.8, shown="data.template_args.{}".format)
         raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
+    for key, value in arguments.items():
+        if isinstance(value, str) and value.lower() in ("false", "no", "off", "none", "null"):
+            why = f"{value!r} is a text here, which templates take for true"
+            advice = (f"without quotation marks:  data.template_args.{key}=false",)
+            raise UftError(Problem(f"data.template_args.{key}", why, advice=advice))
 
 
 def rendering_digest(tokenizer: Any, text: str, more: Any) -> str:

@@ -76,7 +76,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template of `data.template`; `plain` is none at all."""
     if template != "auto":
-        text = None if template == "plain" else template_file(template).read_text(encoding="utf-8")
+        text = None if template == "plain" else template_file(template).read_text(encoding="utf-8-sig")
         tokenizer.chat_template = text
     return tokenizer
 
