@@ -248,6 +248,12 @@ def test_a_header_among_the_rows_and_another_encoding_are_told(tmp_path):
     file.write_text("prompt,completion\nq,a\nprompt,completion\nr,b\n")
     found = list(tables(place(file))[0])
     assert [one if isinstance(one, str) else one["prompt"] for _, one in found] == ["q", "is the header once more", "r"]
+    file.write_text('prompt,completion\n"a \\"b\\"",c\nq,a\n"r,b\n')
+    assert list(tables(place(file))[0]) == [
+        (2, "broken CSV: ',' expected after '\"'"),
+        (3, {"prompt": "q", "completion": "a"}),
+        (4, "broken CSV: unexpected end of data"),
+    ]
     file.write_bytes("prompt,completion\nq,a\n".encode("utf-16"))
     assert list(tables(place(file))[0]) == [(1, "the file is UTF-16; save it as UTF-8")]
 

@@ -102,7 +102,7 @@ def _csv(path: Path) -> Iterator[Found]:
     """Text cells under a header. Bytes that are not UTF-8 stay visible as surrogates, which the row's check names."""
     csv.field_size_limit(2**31 - 1)
     with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as handle:
-        rows = csv.reader(handle, delimiter="\t" if suffix_of(path) == ".tsv" else ",")
+        rows = csv.reader(handle, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
         try:
             header: list[str] = next(rows, [])
             if header and "\x00" in header[0] and header[0][:1] in ("\udcff", "\udcfe"):
@@ -111,10 +111,10 @@ def _csv(path: Path) -> Iterator[Found]:
             if twice := repeated(header):
                 yield 1, f"names a column twice: {twice[:200]}"
                 return
-            start = rows.line_num + 1
-            for cells in rows:
-                number, start = start, rows.line_num + 1
-                if cells == header:
+            for number, cells in _csv_rows(rows):
+                if isinstance(cells, str):
+                    yield number, cells
+                elif cells == header:
                     yield number, "is the header once more"
                 elif len(cells) == len(header):
                     yield number, dict(zip(header, cells, strict=True))
@@ -122,6 +122,18 @@ def _csv(path: Path) -> Iterator[Found]:
                     yield number, f"has {len(cells)} cells under {len(header)} columns"
         except csv.Error as error:
             yield rows.line_num, f"broken CSV: {error}"
+
+
+def _csv_rows(rows: Any) -> Iterator[tuple[int, list[str] | str]]:
+    """The first line of every row of a csv.reader, with its cells or why it has none."""
+    while True:
+        number = rows.line_num + 1
+        try:
+            yield number, next(rows)
+        except csv.Error as error:
+            yield number, f"broken CSV: {error}"
+        except StopIteration:
+            return
 
 
 def _parquet(path: Path) -> Iterator[Found]:

@@ -129,7 +129,8 @@ def data_omissions(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """
     lines = []
     for name, entry in sources.items():
-        columns = [f"{column} ({count:,} row{'s' * (count != 1)})" for column, count in entry["unread"].items()]
+        said = {column if column.strip() else repr(column): count for column, count in entry["unread"].items()}
+        columns = [f"{column} ({count:,} row{'s' * (count != 1)})" for column, count in said.items()]
         lines += [f"{name}: {', '.join(columns)}"] if columns else []
         lines += [f"{name}: files {', '.join(entry['left_out'])}"] if entry["left_out"] else []
     return lines
