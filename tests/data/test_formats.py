@@ -220,6 +220,13 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         (PLAIN | {"user.rating": 1}, "columns.score=user.rating"),
         (PLAIN | {"corrected_response": "b"}, "columns.chosen=corrected_response data.sources.mine.columns.rejected="),
         (PLAIN | {"hard_negatives": ["b"]}, "read a list of them:  data.sources.mine.columns.negatives=hard_negatives"),
+        (
+            {"messages": [ASKED, SAID | {"content": [{"type": "text", "text": "a", "train": False}]}]},
+            "messages.content.train (1 row) may say how much is learned",
+        ),
+        (PLAIN | {"context_messages": [ASKED, SAID]}, "columns.history=context_messages"),
+        (CONVERSATION | {"history": [["q", "a"]]}, "history holds the turns that the conversation begins with"),
+        (CONVERSATION | {"history": [["q", "a"]]}, "leave it unread:  data.sources.mine.columns.history=''"),
         (PLAIN | {"train_on_turns": [1]}, "train_on_turns (1 row) may say how much is learned"),
         (CONVERSATION | {"model_response": "b"}, "leave it unread:  data.sources.mine.kind=demonstration"),
         (PAIR | {"chosen_rank": 2, "rejected_rank": 1}, "chosen_rank (1 row) may say that the rejected side"),
@@ -242,7 +249,7 @@ def test_bookkeeping_beside_rows_is_told_only(tmp_path):
         "train_id": 1,
         "table_id": "x",
     }
-    kept |= {"quality_class": 1, "rating_id": 7, "best_of_n": 4, "edited_at": "today"}
+    kept |= {"quality_class": 1, "rating_id": 7, "best_of_n": 4, "edited_at": "today", "in_gsm8k_train": False}
     kept |= {"topic_label": 1, "response": "a", "type": "code", "correct_answer": "42", "options": ["q"]}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(CONVERSATION | kept) + "\n")

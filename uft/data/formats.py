@@ -109,7 +109,8 @@ class Format:
         answer = optional_text(record.get("answer"), "answer")
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
             answer = answer.rpartition("####")[2].strip() or answer
-        prompt = with_context(prompt, record)
+        own, prompt = prompt, with_context(prompt, record)
+        refuse_told_history(own, prompt, completions)
         if not is_blank(reasoning := record.get("reasoning_content")):
             turns = tuple(turn for one in completions for turn in one.turns)
             completions = (replace(completions[0], turns=with_reasoning(turns, reasoning)), *completions[1:])
@@ -319,6 +320,16 @@ def refuse_unlearned(record: Record) -> None:
             whole = flag(mark) is None
             why = "not 0 or 1, and rows are learned whole or not at all" if whole else "this row is not to be learned"
             raise Unreadable(f"{name} is {excerpt(mark)}: {why}", f"leave it unread:  {{source}}.columns.{name}=''")
+
+
+def refuse_told_history(own: Turns, prompt: Turns, completions: tuple[Completion, ...]) -> None:
+    """Raise :class:`Unreadable` where the earlier turns of a column are those that the conversation begins with."""
+    turns = (own, prompt, completions[0].turns if completions else ())
+    first, whole, reply = ([(t.role, t.content) for t in some if t.role != "system"] for some in turns)
+    earlier = whole[: len(whole) - len(first)]
+    if earlier and [*first, *reply][: len(earlier)] == earlier:
+        advice = "leave it unread:  {source}.columns.history=''"
+        raise Unreadable("history holds the turns that the conversation begins with", advice)
 
 
 def refuse_invisible(prompt: Turns, completions: tuple[Completion, ...]) -> None:

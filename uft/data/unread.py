@@ -102,7 +102,8 @@ _THOUGHT = "reasoning thinking think thoughts? cot rationales? scratchpad chain_
 _ABOUT = "effort|model|type|mode|level|style|language|source|id|tokens|length|score"
 _PARTS = {  # the field that reads a part of a conversation, "" for none: names of columns that hold one
     "system": "(?:system|sys|developer)(?:_(?:prompt|message|msg|instructions?|text|content))?|preamble|persona",
-    "history": "(?:.*_)?history|(?:previous|earlier|past|prior)_(?:turns|messages|conversations?|dialogue?s?|context)",
+    "history": "(?:.*_)?history|(?:previous|earlier|past|prior)_(?:turns|messages|conversations?|dialogue?s?|context)"
+    "|context_(?:turns|messages)",
     "tools": "(?:.*_)?(?:tools|functions|apis)|(?:tool|function|api)_(?:schemas?|def(?:inition)?s?|description|specs?)",
     "reasoning_content": f"(?:.*_)?(?:{_THOUGHT})(?:_(?!(?:.*_)?(?:{_ABOUT})$).*)?",
     "": "(?:tool|function)_calls?|chat_template_kwargs|"
@@ -119,7 +120,7 @@ _WEIGHS = re.compile(
     "|(?:mask|loss|train)_(?:spans?|ranges?|tokens?)"
 )
 _MAY_WEIGH = re.compile(
-    r"(?:.*_)?(?:train|trainable|trained|learn|learned|supervised?|masked|mask)(?:_(?!(?:.*_)?(?:id|idx|index|split)$).*)?"
+    r"(?!in_.+_train$)(?:.*_)?(?:train|trainable|trained|learn|learned|supervised?|masked|mask)(?:_(?!(?:.*_)?(?:id|idx|index|split)$).*)?"
     r"|(?:is|do|no|not|in|use|skip|ignore|compute|only|.*_in|.*_only)_loss|loss_(?:scale|factor)"
 )
 """The same, of columns that hold nothing but truth values and numbers."""
@@ -279,6 +280,7 @@ def unread_feedback(
     leave = f"leave it unread:  {key}.kind={form.kind.value}"
     column = partial(_column, key)
     weights, unlearned = ([n for n in told if names.fullmatch(words[n])] for names in (_WEIGHS, _UNLEARNED))
+    weights += [n for n in told if ".content." in n and words[n] in MARKS and n not in weights]  # of a part of a turn
     may = [n for n in told if n not in full and words[n] not in MARKS and _MAY_WEIGH.fullmatch(words[n])]
     if names := weights or unlearned or may:
         why = f"{_counted(names, columns)} may say how much is learned of the reply"
