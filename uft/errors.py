@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -128,6 +129,17 @@ def raise_problems(problems: Collection[Problem], footer: str = "") -> None:
     """Raise these problems as one UftError, if there are any."""
     if problems:
         raise UftError(*problems, footer=footer)
+
+
+def typed(key: str, value: str) -> str:
+    """`key=value` as a word that a shell and Hydra take for just that, whatever characters the value has."""
+    if _BARE.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        return f"{key}={value}"
+    inside = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+    return shlex.quote(f'{key}="{inside}"')
+
+
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./+-]*")
 
 
 def did_you_mean(

@@ -65,8 +65,9 @@ def test_help_lists_the_choices_on_disk(worker, capsys):
 
 
 def test_config_shows_values_and_origins(worker, capsys):
-    assert main(["config", "objective=dpo", "seed=3"]) == 0
-    out = capsys.readouterr().out
+    assert main(["config", "objective=dpo", "seed=2", "seed=3"]) == 0
+    out, said = capsys.readouterr()
+    assert said == "uft: seed=2 is overruled by seed=3\n"
     assert "beta: 0.1 " in out
     assert "# conf/objective/dpo.yaml:" in out
     assert "# command line" in out

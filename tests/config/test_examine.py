@@ -6,8 +6,8 @@ import json
 import pytest
 
 from uft.config.compose import compose, examine, footer
-from uft.config.files import Request
-from uft.config.messages import TRL_KEYS, as_typed
+from uft.config.files import Request, overruled
+from uft.config.messages import TRL_KEYS, as_typed, conf_dir
 from uft.config.schema import Config, kind_at
 from uft.errors import Problem, UftError, render
 
@@ -20,7 +20,7 @@ def problems(*overrides):
 def test_the_message_of_the_product_page():
     with pytest.raises(UftError) as caught:
         compose(["objective=dpo", "objective.bta=0.2", "data=mixx"])
-    choices = "choices: binary, chain, files, instruct, mix, negatives, pairs, scored"
+    choices = f"choices: {', '.join(path.stem for path in sorted((conf_dir() / 'data').glob('*.yaml')))}"
     assert render(caught.value) == (
         "uft: 2 problems in this request\n"
         "\n"
@@ -324,3 +324,19 @@ def test_the_same_fault_of_many_rows_is_told_once_with_their_places():
     assert "8 problems" in said
     assert "and the same of 6 more: rows.jsonl:2, rows.jsonl:3, rows.jsonl:4, rows.jsonl:5 ..." in said
     assert "rows.jsonl:9  prompt is missing" in said
+
+
+def test_what_is_switched_off_stays_so_in_a_short_run():
+    evals = [compose(["objective=sft", *words, "debug=fast"])["eval"] for words in ((), ["eval=quick"], ["eval=none"])]
+    assert [[one[key] for key in ("rows", "generate_rows", "samples")] for one in evals] == [
+        [4, 4, 1],
+        [4, 4, 1],
+        [0, 0, 0],
+    ]
+    assert compose(["objective=sft", "eval=none", "debug=fast", "eval.rows=3"])["eval"]["rows"] == 3
+
+
+def test_words_that_a_later_word_overrules_are_found():
+    words = ["train.steps=3", "+data.sources.a.path=x", "seed=1", "seed=1", "train.steps=4", "data.sources.a.path=y"]
+    later = {"train.steps=3": "train.steps=4", "+data.sources.a.path=x": "data.sources.a.path=y"}
+    assert overruled([*words, "hydra.verbose=true", "hydra.verbose=false", "++run.dir=a", "run.dir=b"]) == later

@@ -1,10 +1,12 @@
 """Recognising a format by its columns, and saying so when it cannot be."""
 
 import json
+import shlex
 from decimal import Decimal
 
 import pytest
 
+from uft.config.compose import compose
 from uft.config.schema import data_settings
 from uft.data.formats import FIELDS, FORMATS, check_mapping, from_text, recognise, rename
 from uft.data.messages import Unreadable
@@ -133,6 +135,8 @@ def called(**call):
         (called(name="w"), {"name": "w", "arguments": {}}),
         ({"messages": [ASKED, {"role": "tool_call", "content": json.dumps(CALL)}]}, CALL),
         ({"messages": [ASKED, SAID | {"weight": "0.0"}]}, "context"),
+        ({"prompt": "q", "completion": '{"a": 1, "a": 2}'}, '{"a": 1, "a": 2}'),
+        ({"prompt": "q", "completion": "\u200b", "label": False}, "\u200b"),
         ({"prompt": "q", "completion": "a", "score": "0.5"}, 0.5),
         ({"prompt": "q", "completion": "a", "score": Decimal("0.25")}, 0.25),
     ],
@@ -150,7 +154,14 @@ def test_values_in_other_forms_are_what_they_say(record, reply):
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        ({"prompt": "q", "completion": "\u200b\ufeff "}, "completion has nothing but invisible characters"),
+        (
+            {"prompt": "q", "completion": "\u200b\ufeff "},
+            "a turn of the assistant has nothing but invisible characters",
+        ),
+        ({"prompt": "\u200b", "completion": "a"}, "a turn of the user has nothing but invisible characters"),
+        ({"prompt": "q", "chosen": "\u200b", "rejected": "a"}, "a turn of the assistant has nothing but invisible"),
+        (called(name="w", arguments='{"a": 1, "a": 2}'), "names a field twice: 'a'"),
+        ({"messages": json.dumps([ASKED, SAID]).replace("{", '{"role": "x", ', 1)}, "names a field twice: 'role'"),
         ({"messages": [ASKED | {"content": None}, SAID]}, "messages[0] (user) content is null (fields: role, content)"),
         ({"prompt": '[{"role": "critic", "content": "q"}, {"role": "user", "content": "q"}]'}, "unknown role 'critic'"),
         ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]}, "chosen is a list of texts (1), and a row has one"),
@@ -200,6 +211,24 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({"messages": [ASKED], "output": "b"}, "leave it unread:  data.sources.mine.columns.output=''"),
         ({"prompt": "q", "response_a": "yes", "response_b": "no"}, "columns.rejected=response_b"),
         (PAIR | {"margin": -1.5}, "margin (1 row) may say that the rejected side is the better one"),
+        (PAIR | {"chosen-avg-rating": 2.0, "rejected-avg-rating": 4.0}, "chosen-avg-rating (1 row) may say that the"),
+        (PAIR | {"score_difference": -1}, "score_difference (1 row) may say that the rejected side"),
+        (PLAIN | {"rating_1_to_5": "1"}, "columns.score=rating_1_to_5"),
+        (PLAIN | {"tests_passed": 0}, "tests_passed (1 row) may say how good"),
+        (PLAIN | {"is_refusal": True}, "is_refusal (1 row) may say how good"),
+        (PLAIN | {"llm_judge": "❌"}, "columns.label=llm_judge"),
+        (PLAIN | {"user.rating": 1}, "columns.score=user.rating"),
+        (PLAIN | {"corrected_response": "b"}, "columns.chosen=corrected_response data.sources.mine.columns.rejected="),
+        (PLAIN | {"hard_negatives": ["b"]}, "read a list of them:  data.sources.mine.columns.negatives=hard_negatives"),
+        (
+            {"messages": [ASKED, SAID | {"content": [{"type": "text", "text": "a", "train": False}]}]},
+            "messages.content.train (1 row) may say how much is learned",
+        ),
+        (PLAIN | {"context_messages": [ASKED, SAID]}, "columns.history=context_messages"),
+        (CONVERSATION | {"history": [["q", "a"]]}, "history holds the turns that the conversation begins with"),
+        (CONVERSATION | {"history": [["q", "a"]]}, "leave it unread:  data.sources.mine.columns.history=''"),
+        (PLAIN | {"train_on_turns": [1]}, "train_on_turns (1 row) may say how much is learned"),
+        (CONVERSATION | {"model_response": "b"}, "leave it unread:  data.sources.mine.kind=demonstration"),
         (PAIR | {"chosen_rank": 2, "rejected_rank": 1}, "chosen_rank (1 row) may say that the rejected side"),
     ],
 )
@@ -220,8 +249,36 @@ def test_bookkeeping_beside_rows_is_told_only(tmp_path):
         "train_id": 1,
         "table_id": "x",
     }
+    kept |= {"quality_class": 1, "rating_id": 7, "best_of_n": 4, "edited_at": "today", "in_gsm8k_train": False}
     kept |= {"topic_label": 1, "response": "a", "type": "code", "correct_answer": "42", "options": ["q"]}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(CONVERSATION | kept) + "\n")
     (source,) = load_sources(data_settings({"sources": {"mine": {"path": str(path)}}, "holdout": 0}))
     assert sorted(source.omitted.unread) == sorted({*kept, "completion"} - {"response"})
+
+
+@pytest.mark.parametrize(
+    "name", ["user rating", "user's rating", 'a "rating"', "$rating", "rating\\", "rating [1-5]", "rating:1"]
+)
+def test_advice_about_a_column_of_any_name_can_be_typed(tmp_path, name):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "q", "completion": str(score), name: score}) + "\n" for score in (0, 1))
+    )
+    with pytest.raises(UftError) as error:
+        load_sources(data_settings({"sources": {"mine": {"path": str(path)}}, "holdout": 0}))
+    (line,) = (line for line in str(error.value).splitlines() if "read it as good or bad:" in line)
+    words = shlex.split(line.partition(":  ")[2])
+    settings = compose(
+        ["objective=kto", "data=files", f"+data.sources.mine.path={path}", "data.holdout=0", f"+{words[0]}"]
+    )
+    assert len(words) == 1
+    assert load_sources(data_settings(settings["data"]))[0].kinds == {Kind.BINARY: 2}
+
+
+def test_a_file_of_a_folder_that_is_refused_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "q", "response": "a"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps(CONVERSATION | {"response": "b"}) + "\n")
+    with pytest.raises(UftError, match="these lines are for all files of the folder") as error:
+        load_sources(data_settings({"sources": {"mine": {"path": str(tmp_path)}}, "holdout": 0}))
+    assert f"({tmp_path / 'b.jsonl'})" in str(error.value)

@@ -145,6 +145,8 @@ def test_variables_reach_training_and_generation_and_the_digest(tokenizer):
         Renderer(tokenizer, arguments={"tools": []})
     with pytest.raises(UftError, match=r"(?s)template_args\.moood.*no such variable.*did you mean .*\.mood \?"):
         Renderer(tokenizer, arguments={"moood": "calm"})
+    with pytest.raises(UftError, match=r"template_args\.mood +'False' is a text here, which templates take for true"):
+        Renderer(tokenizer, arguments={"mood": "False"})
     with pytest.raises(UftError, match=r"template_args\.mood +plain reads no such variable"):
         Renderer(tokenizer, "plain", arguments={"mood": "calm"})
 

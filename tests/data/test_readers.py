@@ -249,16 +249,34 @@ def test_a_header_among_the_rows_and_another_encoding_are_told(tmp_path):
     file.write_text("prompt,completion\nq,a\nprompt,completion\nr,b\n")
     found = list(tables(place(file))[0])
     assert [one if isinstance(one, str) else one["prompt"] for _, one in found] == ["q", "is the header once more", "r"]
+    file.write_text('prompt,completion\n"a \\"b\\"",c\nq,a\n"r,b\n')
+    assert list(tables(place(file))[0]) == [
+        (2, "broken CSV: ',' expected after '\"'"),
+        (3, {"prompt": "q", "completion": "a"}),
+        (4, "broken CSV: unexpected end of data"),
+    ]
     file.write_bytes("prompt,completion\nq,a\n".encode("utf-16"))
     assert list(tables(place(file))[0]) == [(1, "the file is UTF-16; save it as UTF-8")]
 
 
-@pytest.mark.parametrize("other", ["rows_test", "rows-dev", "rows.eval", "rows_validation-0"])
-def test_a_split_may_be_the_last_word_of_a_file_s_name(tmp_path, other):
-    write_jsonl(tmp_path / "rows_train.jsonl", ROWS[:1])
+@pytest.mark.parametrize("ours", ["rows_train", "TrainingSet", "rows"])
+@pytest.mark.parametrize(
+    "other", ["rows_test", "rows-dev", "rows.eval", "rows_validation-0", "TestSet", "rows heldout"]
+)
+def test_a_split_may_be_a_word_of_a_file_s_name(tmp_path, ours, other):
+    write_jsonl(tmp_path / f"{ours}.jsonl", ROWS[:1])
     write_jsonl(tmp_path / f"{other}.jsonl", ROWS[1:])
     found, left_out = open_place(place(tmp_path))
     assert (fields(found), left_out) == (ROWS[:1], [f"{other}.jsonl"])
     (tmp_path / "more").mkdir()
     write_jsonl(tmp_path / "more" / "unit_test.jsonl", ROWS)
     assert fields(tables(place(tmp_path / "more"))) == ROWS, "a name alone tells nothing apart"
+
+
+def test_hidden_and_empty_files_of_a_folder_are_told(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "README.md").write_text("# Ours")
+    for name in (".a.jsonl", "._a.jsonl", ".DS_Store", "b.jsonl"):
+        (tmp_path / name).write_bytes(b"" if name == "b.jsonl" else b"\x00")
+    found, left_out = open_place(place(tmp_path))
+    assert (fields(found), left_out) == (ROWS, ["._a.jsonl", ".a.jsonl", "README.md", "b.jsonl"])

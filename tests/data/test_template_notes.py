@@ -27,6 +27,11 @@ THOUGHTLESS = (  # as Qwen 3: thoughts of all turns but the last are dropped
 )
 CHANNEL = TURN.replace("m['role'] + '\n'", "m['role'] + ('<final>' if m['role'] == 'assistant' else '') + '\n'")
 ENDS = TURN.replace("'<|im_end|>\n'", "('<|im_end|>\n' if loop.last or m['role'] != 'assistant' else '<s>\n')")
+MARKS = (
+    "{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}" + TURN + "{% endif %}"
+)
+ADDS = "has text of its own learned with that of assistant turns"
 OTHER_START = "begins replies in training after other text than generation starts from"
 
 
@@ -76,10 +81,13 @@ TWICE = row(4, [ASKED], [("a", "<think>so</think>1"), ASKED, ("a", "<think>so</t
             [row(6, [ASKED], [("a", "12 34")])],
             [("does not mark the whole text of assistant turns", 1, 6), (OTHER_START, 1, 6)],
         ),
+        (HEAD + MARKS + FOOT, [PLAIN, TOOL, TWICE], []),
+        (HEAD + MARKS.replace("m['content'] +", "m['content'] + ' Bye.' +") + FOOT, [PLAIN, TWICE], [(ADDS, 2, 0)]),
+        (HEAD + MARKS.replace("m['content'] +", "'Well: ' + m['content'] +") + FOOT, [SYSTEM], [(ADDS, 1, 1)]),
     ],
     ids=[
         *("nothing", "no branch", "mistral", "thoughts", "channel", "no generation prompt", "open end"),
-        *("white space", "half marked"),
+        *("white space", "half marked", "marks", "a word behind", "a word before"),
     ],
 )
 def test_differences_are_told_with_their_count_also_by_a_cache(tokenizer, tmp_path, caplog, template, rows, notes):

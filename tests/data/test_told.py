@@ -10,14 +10,16 @@ from uft.data.chat import Renderer
 from uft.data.formats import recognise, rename
 from uft.data.messages import Unreadable
 from uft.data.mixture import Mixture
-from uft.data.report import data_cautions, data_omissions, data_report
+from uft.data.report import CONTRADICTED, data_cautions, data_omissions, data_report
 from uft.data.rows import Kind
 from uft.data.sources import load_sources
+from uft.data.table import claims
 from uft.data.tokens import tokenize_all
-from uft.errors import UftError
+from uft.errors import UftError, typed
 
 SAID = (("user", "7*6?"), ("assistant", "42"), ("assistant", "13"))
 USER, REPLY, WORSE = ({"role": role, "content": content} for role, content in SAID)
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "function": {"name": "w", "arguments": {}}}]}
 SYSTEM = {"role": "system", "content": "Count well."}
 EARLIER = [{"role": "user", "content": "7*5?"}, {"role": "assistant", "content": "35"}]
 DIALOGUES = {
@@ -74,8 +76,8 @@ def test_grades_under_other_names_are_refused_with_the_lines_that_read_them(tmp_
         records = [record | {name: 1} for record in list(DIALOGUES.values())[:1]]
         said = refused(tmp_path, records)
         assert f"{name} (1 row) may say how good a completion is" in said
-        assert f"data.sources.mine.columns.score={name}" in said
-        assert f"data.sources.mine.columns.label={name}" in said
+        assert typed("data.sources.mine.columns.score", name) in said
+        assert typed("data.sources.mine.columns.label", name) in said
         source = load(tmp_path, records, kind="demonstration")
         assert (source.kinds, source.omitted.unread) == ({Kind.DEMONSTRATION: 1}, {name: 1})
         assert load(tmp_path, records, columns={"score": name}).rows[0].completions[0].score == 1.0
@@ -464,11 +466,14 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     assert data_omissions(found["sources"]) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
     assert data_cautions(found) == [
         "pairs: in 1 of its rows both sides of the pair are the same: they teach nothing",
+        f"rows contradict each other in 1 case: {CONTRADICTED}",
+        "10 of the training rows repeat another one, prompt and completions",
         "labels are uneven: 11 good, 1 bad",
     ]
     labels.write_text("".join(json.dumps(DIALOGUES["alpaca"] | {"label": False}) + "\n" for n in range(3)))
     assert data_cautions(report(labels=labels)) == [
-        "every labelled row is bad: nothing tells good completions from bad ones"
+        "2 of the training rows repeat another one, prompt and completions",
+        "every labelled row is bad: nothing tells good completions from bad ones",
     ]
 
 
@@ -499,8 +504,13 @@ def test_texts_that_may_be_meant_otherwise_are_counted(tmp_path):
         PAIR | {"chosen": "None"},
         PAIR | {"rejected": "nan"},
         PAIR | {"tools": [joined], "chosen": "none of it"},
+        *(PAIR | {"chosen": text} for text in ("42\n###", "42 END", "42 [EOS]", "The end", "C#")),
+        *(PAIR | {"rejected": text} for text in ("Assistant: 42", "42\n\nHuman: 6*6?", "The assistant: 42")),
+        PAIR | {"chosen": [REPLY | {"content": "<think>6*7</think>42", "reasoning_content": "6*7"}]},
+        *(PAIR | {"chosen": [CALLS, {"role": "tool", "tool_call_id": name, "content": "42"}, REPLY]} for name in "ab"),
     ]
     expected = {"repeated_prompts": 1, "template_marks": 2, "contrary_scores": 1, "void_replies": 2, "null_fields": 1}
+    expected |= {"written_stops": 3, "written_speakers": 2, "repeated_reasoning": 1, "stray_results": 1}
     source = load(tmp_path, records)
     assert (source.omitted.oddities, source.omitted.unread) == (expected, {})
 
@@ -569,6 +579,7 @@ def test_transcripts_are_conversations_as_prompts_and_beside_them():
     for sides in ({"chosen": "42", "rejected": "13"}, {"chosen": f"{asked} 42", "rejected": f"{asked} 13"}):
         row = read({"prompt": asked, **sides})
         assert (turns(row), [c.text for c in row.completions]) == (expected, ["42", "13"])
+    assert len(turns(read({"prompt": asked.removesuffix("Assistant:"), "completion": "a"}))) == 3
     assert turns(read({"prompt": "Human: hi", "completion": "a"})) == [("user", "Human: hi")]
 
 
@@ -591,3 +602,19 @@ def test_of_two_names_of_a_field_the_one_that_is_set_counts():
     empty = {"role": None, "content": None, "from": None, "value": None}
     union = [empty | {"from": "human", "value": "7*6?"}, empty | {"role": "assistant", "content": "42"}]
     assert turns(read({"messages": union})) == [("user", "7*6?")]
+
+
+@pytest.mark.parametrize("many", [0, 6000], ids=["in memory", "on disk"])
+def test_rows_that_repeat_or_contradict_others_are_counted(tmp_path, many):
+    others = [{"prompt": str(n), "completion": "a", "label": n % 2 == 0} for n in range(many)]
+    path, pairs = tmp_path / "labels.jsonl", tmp_path / "pairs.jsonl"
+    labels = [*others, *(PLAIN | {"label": label} for label in (True, False, False))]
+    path.write_text("".join(json.dumps(one) + "\n" for one in labels))
+    swapped = PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+    pairs.write_text("".join(json.dumps(one) + "\n" for one in (PAIR, swapped, PAIR | {"chosen": "40"})))
+    sources = {"labels": {"path": str(path)}, "pairs": {"path": str(pairs)}}
+    loaded = load_sources(data_settings({"sources": sources, "holdout": 0}))
+    assert claims([source.rows for source in loaded]) == (1, 2)
+    said = "\n".join(data_cautions({"sources": {}, "repeated": 1, "contradicted": 2}))
+    assert "1 of the training rows repeat another one" in said
+    assert "rows contradict each other in 2 cases" in said

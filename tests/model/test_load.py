@@ -163,6 +163,25 @@ def test_every_failure_to_load_is_one_line_that_names_the_file(model_folder: Pat
         assert "\n" not in problem.why
 
 
+def test_a_template_or_generation_config_that_is_not_read_is_told(model_folder: Path, tmp_path: Path, caplog: Any):
+    own = '{"chat_template": "{{ messages }}"}'
+    cases = {
+        "chat_template.jinja is read": {"chat_template.jinja": "{{ messages[0] }}", "tokenizer_config.json": own},
+        "chat_template.json has another chat template": {"chat_template.json": own},
+        "chat_template.jinja is empty": {"chat_template.jinja": " "},
+        "generation_config.json is not used": {"generation_config.json": "{"},
+    }
+    for number, (words, files) in enumerate(cases.items()):
+        folder = shutil.copytree(model_folder, tmp_path / str(number))
+        for name, text in files.items():
+            old = json.loads((folder / name).read_text()) if name == "tokenizer_config.json" else None
+            (folder / name).write_text(text if old is None else json.dumps(old | json.loads(text)))
+        caplog.clear()
+        load_tokenizer(settings(folder))
+        told = [caplog.text, *load_policy(settings(folder), CPU, 0).notes]
+        assert sum(words in text for text in told) == 1, told
+
+
 def test_weights_that_the_model_does_not_use_are_told(model_folder: Path, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 

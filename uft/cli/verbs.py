@@ -27,8 +27,26 @@ from omegaconf import DictConfig
 
 from uft.cli.help import help_text
 from uft.config.checks import Draft, elsewhere
-from uft.config.compose import Examined, change, examine, footer, needs_hydra, quoted, refuse_named_code, require
-from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
+from uft.config.compose import (
+    Examined,
+    change,
+    examine,
+    footer,
+    needs_hydra,
+    quoted,
+    refuse_named_code,
+    require,
+)
+from uft.config.files import (
+    BROKEN,
+    VERSION_BASE,
+    Request,
+    make_loader,
+    overruled,
+    register,
+    request_of_job,
+    translate,
+)
 from uft.config.frozen import may_change, with_origins
 from uft.config.messages import (
     FREE_KEY,
@@ -43,7 +61,7 @@ from uft.config.messages import (
 )
 from uft.config.schema import COLUMNS, Config, fields_of
 from uft.config.stages import differences, is_made, rows_of, unready, without_stages
-from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
+from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tame, tell, tracing
 from uft.launch.launcher import (
     JOB_KEYS,
     JobFailed,
@@ -352,6 +370,8 @@ def run_verb(verb: str, arguments: list[str], work: Work | None = None) -> int:
     name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir, parsed.multirun)
     request = Request(tuple(overrides), name, parsed.config_dir, parsed.config_path)
     options = options_in(arguments, parsed.overrides)
+    for word, later in overruled(overrides).items():
+        print(tame(f"uft: {word} is overruled by {later}"), file=sys.stderr)
     try:
         return carry_out(verb, work or partial(run_job, verb), options, parsed, request)
     except UftError as error:  # commands that are advised draw in the same files

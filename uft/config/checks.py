@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -116,6 +116,8 @@ class Draft:
                 self.settings.append(setting)
                 if self.is_unsaid(setting) and self.get(setting.path) is None:
                     value_at(self.values, setting.path[:-1])[setting.path[-1]] = {}
+        for setting in switched_off(files):
+            self.put(setting)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], file: str) -> Draft:
@@ -342,6 +344,16 @@ class Draft:
     def keys_at(self, path: KeyPath) -> list[str]:
         """The keys of the group at `path`, in their order."""
         return list(fields_of(kind_at(path, self.schema)))
+
+
+def switched_off(files: Sequence[Setting]) -> Iterator[Setting]:
+    """Settings to 0 that a file of conf/debug would undo: it makes shorter what there is, and brings nothing back."""
+    before: dict[KeyPath, Setting] = {}
+    for setting in files:
+        is_debug = Path(setting.file).parent.name == "debug"
+        if is_debug and setting.path in before and before[setting.path].value == 0 and setting.value:
+            yield before[setting.path]
+        before[setting.path] = setting
 
 
 # --- Where a key is, and which keys there are.

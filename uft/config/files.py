@@ -444,6 +444,24 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
     return words
 
 
+def overruled(lines: Iterable[str]) -> dict[str, str]:
+    """Words of a command line that a later word about the same key says otherwise: that word."""
+    last: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for line in lines:
+        key, equals, value = line.lstrip("+").partition("=")
+        if not equals or key.startswith(("~", "hydra")) or line.startswith(OF_JOBS):
+            continue
+        if key in last and last[key].partition("=")[2] != value:
+            found[last[key]] = line
+        last[key] = line
+    return found
+
+
+OF_JOBS = ("++run.dir=", "++sweep.name=")
+"""Words that a sweep adds to those of its jobs."""
+
+
 def endless(word: str) -> bool:
     """Whether Hydra's parser would take minutes over a word, or fail: brackets are nested too deeply, or a number has
     more digits than Python reads."""

@@ -39,6 +39,7 @@ from uft.data.plain import Conversation, Note, Plain, Tokens, finish, learned_tu
 from uft.data.rows import Message, Row, Turns
 from uft.data.template import (
     END,
+    FORMS,
     NAMES,
     RESERVED,
     TEMPLATE_ERRORS,
@@ -71,6 +72,7 @@ _CHANNELS = re.compile(
     re.DOTALL,
 )
 _MARKS = re.compile(r"<\|(?:return|end|start|channel|message|call)\|>")
+ADDS = "has text of its own learned with that of assistant turns"
 OTHER_START = "begins replies in training after other text than generation starts from"
 
 
@@ -192,7 +194,7 @@ def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
         advice = (f"choices: {', '.join(NAMES)}, or a Jinja file",)
         raise UftError(Problem(f"data.template={path}", "no such file", advice=advice))
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
 
@@ -284,6 +286,9 @@ class ChatTemplate:
         for number in sorted(set(wanted) & set(places)):
             if not tokens.supervised[slice(*token_span(encoded.offsets, places[number]))].all():
                 notes.append(Note("does not mark the whole text of assistant turns", number))
+        told = self._has_marks and self.name not in FORMS  # what those add is documented
+        added = told and self._added_turn(turns, wanted, places, rendered.text, [one for one, _ in spans])
+        notes += [Note(ADDS, added)] if added else []
         if tokens.supervised.any():
             start, length = self._generation_start(turns[: wanted[0]], found), tokens.prompt_length
             same_text = start == rendered.text[: encoded.offsets[length][0]]
@@ -494,6 +499,23 @@ class ChatTemplate:
         if "".join(content.split()) not in "".join(text.split()):
             return "changes the text of"
         return "" if content in text else _SPACED
+
+    def _added_turn(
+        self, turns: Turns, wanted: Sequence[int], places: Mapping[int, CharSpan], text: str, spans: Sequence[CharSpan]
+    ) -> int:
+        """The first of the wanted turns beside whose text the template marks text of its own, its end aside; or 0.
+        Reasoning and calls are written by the template, between tags of its own."""
+        plain = [number for number in wanted if number in places and not turns[number].extra]
+        stops = sorted((str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stop_ids), key=len)[::-1]
+        for number in plain:
+            start, end = places[number]
+            for first, last in (span for span in spans if span[0] <= start and end <= span[1]):
+                after = text[end:last]
+                for stop in stops:
+                    after = after.replace(stop, "")
+                if (text[first:start] + after).strip():
+                    return number
+        return 0
 
     def _open_ends(self, tokens: Tokens, wanted: Sequence[int]) -> Iterator[Note]:
         """Replies before the last whose end-of-turn token is not supervised; that of the last is checked for all."""

@@ -26,6 +26,7 @@ from uft.data.messages import (
     excerpt,
     flag,
     is_blank,
+    is_invisible,
     is_number,
     listed,
     number_of,
@@ -35,6 +36,7 @@ from uft.data.messages import (
     read_prompt,
     read_reply,
     read_text,
+    refuse_repeated,
     split_conversation,
     split_pair,
     starts_before_reply,
@@ -46,7 +48,7 @@ from uft.data.messages import (
 )
 from uft.data.records import LARGEST, SIDES, with_annotations
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row, Turns
-from uft.errors import Problem, UftError, did_you_mean
+from uft.errors import Problem, UftError, did_you_mean, typed
 
 Range = tuple[float, float] | None  # of scores; None: the format's own
 Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
@@ -100,14 +102,19 @@ class Format:
     def read(self, record: Record, score_range: Range = None) -> Row:
         """The record as a row that has no name and number yet. Raises :class:`Unreadable` with the reason."""
         refuse_unlearned(record)
+        for value in (record.get(name) for name in self.columns):
+            if isinstance(value, str) and not isinstance(unpacked(value), str):  # messages as JSON
+                refuse_repeated(value)
         prompt, completions = self.parse(record, score_range)
         answer = optional_text(record.get("answer"), "answer")
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
             answer = answer.rpartition("####")[2].strip() or answer
-        prompt = with_context(prompt, record)
+        own, prompt = prompt, with_context(prompt, record)
+        refuse_told_history(own, prompt, completions)
         if not is_blank(reasoning := record.get("reasoning_content")):
             turns = tuple(turn for one in completions for turn in one.turns)
             completions = (replace(completions[0], turns=with_reasoning(turns, reasoning)), *completions[1:])
+        refuse_invisible(prompt, completions)
         task = optional_text(record.get("task"), "task")
         return Row("", 0, prompt, with_annotations(record, completions), answer, task)
 
@@ -152,7 +159,7 @@ def recognise(
     if not guesses and kind is None and not any(f.required & known for f in near):  # nothing is ours
         lacks, guesses = [], [dict.fromkeys(("prompt", "completion"), "THEIR_COLUMN"), {"messages": "THEIR_COLUMN"}]
     guesses = guesses or [{min(near[0].required - known): "THEIR_COLUMN"}]
-    ways = (" ".join(f"{key}.columns.{ours}={theirs}" for ours, theirs in found.items()) for found in guesses)
+    ways = (" ".join(typed(f"{key}.columns.{ours}", theirs) for ours, theirs in found.items()) for found in guesses)
     why = f"no known {'row' if kind is None else kind} format has the columns {', '.join(sorted(columns)) or '(none)'}"
     if len(columns) == 1 and (mark := re.search(r"[;|\t]", next(iter(columns)))):
         lacks.append(f"columns of a CSV file are divided by commas here, not by {mark[0]!r}")
@@ -253,7 +260,7 @@ def _number(cell: Any) -> Any:
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 """Weights of the attributes, each 0 to 4: the aggregate of the Nemotron reward models without length and complexity."""
 _LABEL_WORDS = (
-    *("true false", "yes no", "good bad", "positive negative", "desirable undesirable", "chosen rejected"),
+    *("true false", "✅ ❌", "yes no", "good bad", "positive negative", "desirable undesirable", "chosen rejected"),
     *("accepted rejected", "correct incorrect", "like dislike", "upvote downvote", "thumbs_up thumbs_down", "👍 👎"),
     *("up down", "pos neg", "pass fail", "passed failed", "right wrong", "accept reject", "y n", "t f"),
     *("approved disapproved", "valid invalid", "safe unsafe", "helpful unhelpful", "preferred dispreferred"),
@@ -313,6 +320,26 @@ def refuse_unlearned(record: Record) -> None:
             whole = flag(mark) is None
             why = "not 0 or 1, and rows are learned whole or not at all" if whole else "this row is not to be learned"
             raise Unreadable(f"{name} is {excerpt(mark)}: {why}", f"leave it unread:  {{source}}.columns.{name}=''")
+
+
+def refuse_told_history(own: Turns, prompt: Turns, completions: tuple[Completion, ...]) -> None:
+    """Raise :class:`Unreadable` where the earlier turns of a column are those that the conversation begins with."""
+    turns = (own, prompt, completions[0].turns if completions else ())
+    first, whole, reply = ([(t.role, t.content) for t in some if t.role != "system"] for some in turns)
+    earlier = whole[: len(whole) - len(first)]
+    if earlier and [*first, *reply][: len(earlier)] == earlier:
+        advice = "leave it unread:  {source}.columns.history=''"
+        raise Unreadable("history holds the turns that the conversation begins with", advice)
+
+
+def refuse_invisible(prompt: Turns, completions: tuple[Completion, ...]) -> None:
+    """Raise :class:`Unreadable` for a turn of invisible characters alone; a reply that is not taken as right may be
+    that."""
+    graded = (one.preferred is False or one.label is False or one.score is not None for one in completions)
+    right = (one.turns for one, is_graded in zip(completions, graded, strict=True) if not (is_graded or one.sampled_by))
+    for turn in (*prompt, *(turn for turns in right for turn in turns)):
+        if turn.content and is_invisible(turn.content):
+            raise Unreadable(f"a turn of the {turn.role} has nothing but invisible characters")
 
 
 def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:

@@ -11,7 +11,8 @@ import ast
 import json
 import re
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
@@ -86,13 +87,16 @@ def read_text(value: Any, field: str) -> str:
         raise Unreadable(f"{field} is {type_name(value)}, not text")
     if is_blank(value):
         raise Unreadable(f"{field} is empty")
-    if _INVISIBLE.fullmatch(value) and not field.startswith(("rejected", "negatives")):  # a bad answer may be that
-        raise Unreadable(f"{field} has nothing but invisible characters")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # a lone surrogate, escaped in JSON or left by a file in another encoding
         raise Unreadable(f"{field} is not valid UTF-8") from None
     return value
+
+
+def is_invisible(text: str) -> bool:
+    """Whether a text has nothing but white space and characters that are not shown."""
+    return _INVISIBLE.fullmatch(text) is not None
 
 
 def optional_text(value: Any, field: str) -> str | None:
@@ -151,6 +155,31 @@ def unpacked(value: Any) -> Any:
     return value
 
 
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these fields. Raises :class:`Unreadable` where one is named twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Unreadable(f"names a field twice: {repeated(name for name, _ in pairs)}")
+    return found
+
+
+def repeated(names: Iterable[str]) -> str:
+    return ", ".join(excerpt(name) for name, count in Counter(names).items() if count > 1)
+
+
+JSON = json.JSONDecoder(object_pairs_hook=object_of)
+
+
+def refuse_repeated(text: str) -> None:
+    """Raise :class:`Unreadable` where a text is JSON of an object that names a field twice."""
+    try:
+        JSON.decode(text)
+    except Unreadable:
+        raise
+    except (ValueError, RecursionError):  # no JSON
+        return
+
+
 def _is_message(item: Record) -> bool:
     return role_of(item) is not None and not {"content", "value"}.isdisjoint(item)
 
@@ -166,8 +195,11 @@ def listed(value: Any, begins: str = "[") -> Any:
 def read_prompt(value: Any, field: str = "prompt") -> Turns:
     """Everything before the reply: a string is one user turn."""
     value = unpacked(value)
-    if isinstance(value, str) and _is_transcript(value) and value.rstrip().endswith("Assistant:"):
-        return read_dialogue(value.rstrip().removesuffix("Assistant:").rstrip(), field)
+    if isinstance(value, str) and _is_transcript(value):
+        open_end = value.rstrip().removesuffix("Assistant:").rstrip()
+        spoken = _TRANSCRIPT.split(open_end)[1::2]
+        if len(open_end) < len(value.rstrip()) or ("Assistant" in spoken and spoken[-1] == "Human"):
+            return read_dialogue(open_end, field)
     if not isinstance(value, (list, tuple)):
         return (Message("user", read_text(value, field)),)
     return check_prompt(read_conversation(value, field), field)
@@ -387,8 +419,11 @@ def _renewed(item: Record, field: str) -> Record:
 
 def _parsed(value: Any) -> Any:
     """The value that a text holds as JSON; else the value."""
+    if not isinstance(value, str):
+        return value
+    refuse_repeated(value)
     with suppress(ValueError, RecursionError):
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(value)
     return value
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from uft.data.messages import Unreadable, excerpt
+from uft.data.messages import JSON, Unreadable, repeated
 from uft.errors import first_line
 
 Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
@@ -82,24 +81,10 @@ def _record(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Unreadable(f"names a field twice: {_repeated(name for name, _ in pairs)}")
-    return found
-
-
-def _repeated(names: Iterable[str]) -> str:
-    return ", ".join(excerpt(name) for name, count in Counter(names).items() if count > 1)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _parsed(raw: bytes) -> tuple[Any, int, str]:
     """The value of a JSON text; else the line of its fault, and the fault."""
     try:
-        return _DECODER.decode(raw.decode("utf-8")), 1, ""
+        return JSON.decode(raw.decode("utf-8")), 1, ""
     except Unreadable as error:
         return None, 1, str(error)
     except UnicodeDecodeError as error:
@@ -117,19 +102,19 @@ def _csv(path: Path) -> Iterator[Found]:
     """Text cells under a header. Bytes that are not UTF-8 stay visible as surrogates, which the row's check names."""
     csv.field_size_limit(2**31 - 1)
     with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as handle:
-        rows = csv.reader(handle, delimiter="\t" if suffix_of(path) == ".tsv" else ",")
+        rows = csv.reader(handle, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
         try:
             header: list[str] = next(rows, [])
             if header and "\x00" in header[0] and header[0][:1] in ("\udcff", "\udcfe"):
                 yield 1, "the file is UTF-16; save it as UTF-8"
                 return
-            if repeated := _repeated(header):
-                yield 1, f"names a column twice: {repeated[:200]}"
+            if twice := repeated(header):
+                yield 1, f"names a column twice: {twice[:200]}"
                 return
-            start = rows.line_num + 1
-            for cells in rows:
-                number, start = start, rows.line_num + 1
-                if cells == header:
+            for number, cells in _csv_rows(rows):
+                if isinstance(cells, str):
+                    yield number, cells
+                elif cells == header:
                     yield number, "is the header once more"
                 elif len(cells) == len(header):
                     yield number, dict(zip(header, cells, strict=True))
@@ -137,6 +122,18 @@ def _csv(path: Path) -> Iterator[Found]:
                     yield number, f"has {len(cells)} cells under {len(header)} columns"
         except csv.Error as error:
             yield rows.line_num, f"broken CSV: {error}"
+
+
+def _csv_rows(rows: Any) -> Iterator[tuple[int, list[str] | str]]:
+    """The first line of every row of a csv.reader, with its cells or why it has none."""
+    while True:
+        number = rows.line_num + 1
+        try:
+            yield number, next(rows)
+        except csv.Error as error:
+            yield number, f"broken CSV: {error}"
+        except StopIteration:
+            return
 
 
 def _parquet(path: Path) -> Iterator[Found]:
@@ -152,8 +149,8 @@ def _parquet(path: Path) -> Iterator[Found]:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     with pyarrow.parquet.ParquetFile(opened(path)) as file:  # read_table would make columns of the names of folders
-        if repeated := _repeated(file.schema_arrow.names):
-            yield 1, f"names a column twice: {repeated[:200]}"
+        if twice := repeated(file.schema_arrow.names):
+            yield 1, f"names a column twice: {twice[:200]}"
             return
         names = _class_names(file.schema_arrow.metadata)
         rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))

@@ -13,7 +13,7 @@ from uft.data.chat import Tokens
 from uft.data.mixture import Mixture
 from uft.data.rows import Kind, View
 from uft.data.sources import LoadedSource
-from uft.data.table import grouped, like, prompt_words
+from uft.data.table import claims, grouped, like, prompt_words
 from uft.data.tokens import LengthReport, TokenizedSource
 
 if TYPE_CHECKING:
@@ -31,9 +31,15 @@ ODDITIES = {
     "template writes them as null",
     "text_arguments": "a call of a tool has arguments that are a text and no JSON object: templates write it as a text",
     "void_replies": "a reply is nothing but None, null or NaN, as a program writes an empty cell",
+    "written_stops": "a reply ends with a mark of its end that is written out (###, END, [EOS]): it is learned as "
+    "text, before the end-of-turn token",
+    "written_speakers": "a reply spells who speaks (Assistant:, Human:): it is learned as text",
+    "repeated_reasoning": "a reply has its reasoning in a field and <think> in its text: both are learned",
+    "stray_results": "the result of a tool names a call that no turn before it makes",
     "template_marks": "a text spells marks of chat templates (<|im_start|>): letters, unless data.special_text=tokens",
 }
 """The sentence of each of :func:`uft.data.rows.oddities`, after the number of its rows."""
+CONTRADICTED = "the same reply is labelled good and bad, or the sides of a pair are swapped"
 UNEVEN = 10
 """Labels of one side for each of the other from which on they are called uneven."""
 SUMS = {
@@ -102,7 +108,9 @@ def data_report(
         }
     contents = "\n".join(f"{source.name} {source.digest}" for source in loaded)
     digest = hashlib.sha256(contents.encode()).hexdigest()
-    return {"rows_drawn": sum(drawn), "digest": digest, "seed": mixture.seed, "sources": sources}
+    repeated, contradicted = claims([source.rows for source in loaded])
+    counts = {"rows_drawn": sum(drawn), "repeated": repeated, "contradicted": contradicted}
+    return {**counts, "digest": digest, "seed": mixture.seed, "sources": sources}
 
 
 def _labels(source: LoadedSource) -> dict[str, int]:
@@ -121,7 +129,8 @@ def data_omissions(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """
     lines = []
     for name, entry in sources.items():
-        columns = [f"{column} ({count:,} row{'s' * (count != 1)})" for column, count in entry["unread"].items()]
+        said = {column if column.strip() else repr(column): count for column, count in entry["unread"].items()}
+        columns = [f"{column} ({count:,} row{'s' * (count != 1)})" for column, count in said.items()]
         lines += [f"{name}: {', '.join(columns)}"] if columns else []
         lines += [f"{name}: files {', '.join(entry['left_out'])}"] if entry["left_out"] else []
     return lines
@@ -135,6 +144,10 @@ def data_cautions(report: Mapping[str, Any]) -> list[str]:
         for oddity, sentence in ODDITIES.items()
         if entry[oddity]
     ]
+    if contradicted := report.get("contradicted"):
+        lines.append(f"rows contradict each other in {contradicted:,} case{'s' * (contradicted > 1)}: {CONTRADICTED}")
+    if repeated := report.get("repeated"):
+        lines.append(f"{repeated:,} of the training rows repeat another one, prompt and completions")
     good, bad = (sum(entry["labels"].get(side, 0) for entry in report["sources"].values()) for side in ("good", "bad"))
     if good + bad and not (good and bad):
         lines.append(f"every labelled row is {'good' if good else 'bad'}: nothing tells good completions from bad ones")

@@ -189,6 +189,20 @@ def prompt_hash(prompt: Sequence[Message]) -> str:
     return hashlib.sha256(turns.encode("utf-8")).hexdigest()
 
 
+def claim_word(row: Row) -> int:
+    """64 bits of what a row claims: a hash of its kind, prompt and completions in any order; the last bit: which way.
+
+    Rows that are the same repeat each other; those that differ in the last bit alone contradict each other: the same
+    reply is labelled good and bad, or the sides of a pair are swapped.
+    """
+    said = [json.dumps(_turn_lists(one.turns)) for one in row.completions]
+    first = row.completions[0] if row.completions else None
+    swapped = first is not None and first.preferred is not None and said[0] != min(said)
+    content = json.dumps([row.kind.value, _turn_lists(row.prompt), *sorted(said)])
+    word = int(hashlib.sha256(content.encode("utf-8")).hexdigest()[:16], 16)
+    return (word | 1) - (swapped or (first is not None and first.label is False))
+
+
 def _turns(turns: list[list[Any]]) -> Turns:
     return tuple(Message(*turn) for turn in turns)
 
@@ -215,6 +229,13 @@ _HEADER = re.compile(
 )
 """The end of a prompt that was rendered before: what a template writes before a reply."""
 
+_STOPS = re.compile(
+    r"(?:(?:\A|\n)\s*#{2,}|(?i:<(?:eo[stmd]|stop|end)>|\[(?:eo[stmd]|stop|end|done)\])|\s(?:END|STOP))\s*\Z"
+)
+"""A mark of a reply's end that was written by hand."""
+_SPEAKERS = re.compile(r"\A\s*(?:assistant|ai|bot|gpt): |\n\n(?:human|user|assistant): ?", re.IGNORECASE)
+"""A name of a role, as transcripts have it."""
+
 _VOID = {"nan", "none", "null", "n/a", "<na>"}  # what programs write for a cell that was empty
 
 FLAT = "flat_log_probs"
@@ -226,6 +247,17 @@ def _flat(sampling: Any) -> bool:
     if not isinstance(sampling, dict) or "temperature" not in sampling or "log_probs" in sampling:
         return False
     return (sampling["temperature"], sampling.get("top_k") or 0, sampling.get("top_p") or 1) != (1, 0, 1)
+
+
+def _has_stray_result(turns: Turns) -> bool:
+    """Whether the result of a tool names a call that no turn before it makes."""
+    made = ""
+    for turn in turns:
+        name = json.loads(turn.extra).get("tool_call_id") if turn.role == "tool" and turn.extra else None
+        if name is not None and json.dumps(name, ensure_ascii=False) not in made:
+            return True
+        made += turn.extra if turn.role == "assistant" else ""
+    return False
 
 
 def oddities(row: Row, sampling: Any = None) -> list[str]:
@@ -242,6 +274,12 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
     found += ["void_replies"] if any(one.text.strip().lower() in _VOID for one in row.completions) else []
     if not row.completions:
         return found
+    replies = [turn for one in row.completions for turn in one.turns if turn.role == "assistant"]
+    found += ["written_stops"] if any(_STOPS.search(turn.content) for turn in replies) else []
+    found += ["written_speakers"] if any(_SPEAKERS.search(turn.content) for turn in replies) else []
+    twice = any('"reasoning_content"' in turn.extra and "<think>" in turn.content for turn in replies)
+    found += ["repeated_reasoning"] if twice else []
+    found += ["stray_results"] if any(_has_stray_result((*row.prompt, *one.turns)) for one in row.completions) else []
     first, last = row.completions[0], row.completions[-1]
     found += [FLAT] if last.log_prob is not None and _flat(sampling) else []
     if first.preferred is not None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
-CODE_VERSION = 9  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CODE_VERSION = 10  # raise it when this code makes other rows of the same files, or lays them out otherwise
 CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
@@ -208,15 +208,25 @@ def _parse(
             shutil.rmtree(folder / key, ignore_errors=True)
     good, omitted = RowCollector(name, limit, folder, key), Omissions(files=left_out)
     for records in tables:
+        told = len(omitted.refused)
         try:
             _parse_table(name, source, records, good, omitted, is_valid)
         except UftError as error:  # about the file: the rows after that are not known
             if error.code != BAD_REQUEST:  # about the disk that rows are kept on
                 raise
             omitted.refused += error.problems
+        if len(tables) > 1:
+            omitted.refused[told:] = [_in_file(records.name, problem) for problem in omitted.refused[told:]]
     if omitted.refused:
         return (), omitted
     return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted
+
+
+def _in_file(name: str, problem: Problem) -> Problem:
+    """A problem of one of several files, whose lines of advice are for all of them."""
+    typed = any("data.sources." in line for line in problem.advice)
+    more = ["these lines are for all files of the folder: one of another layout needs a place of its own"] * typed
+    return replace(problem, where=name, advice=(*problem.advice, *more))
 
 
 def _parse_table(
@@ -372,12 +382,12 @@ class Place:
 _BUILTIN = "builtin:"
 _SPLIT_WORDS = {
     "train": "train training",
-    "test": "test testing eval evaluation",
+    "test": "test testing eval evaluation heldout held-out held_out holdout",
     "validation": "validation valid val dev",
 }
 _SPLITS = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
 _SPLIT_NAME = re.compile(
-    rf"(?:^|[-_.])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE
+    rf"(?:^|[-_. ])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?:set)?(?=[-_. \d]|$)", re.IGNORECASE
 )
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -452,27 +462,47 @@ def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
         raise place.problem("cannot be read: no permission")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return [_saved_dataset(path, place)], []
-    files = sorted(p for p in path.iterdir() if p.is_file() and reader_of(p))
-    card = path / "README.md"  # of the hub, with a head that says which files are rows
-    if not files or (card.is_file() and card.read_bytes()[:3] == b"---"):
+    beside = sorted(path.iterdir())
+    files = [p for p in beside if p.is_file() and reader_of(p) and not p.name.startswith(".")]
+    if not files or _is_repository(path):
         return [_hub(str(path), place)], []
     # names may tell splits apart (train-00.jsonl, rows_test.jsonl); else all files are of any split
-    named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.search(file.stem))}
-    if any(_SPLIT_NAME.match(file.stem) for file in named) or len(set(named.values())) > 1:
-        files = [file for file in files if named.get(file) == _SPLITS.get(place.split, place.split)]
+    stems = {file: re.sub("(?<=[a-z])(?=[A-Z])", "_", file.stem) for file in files}
+    found = {file: match for file in files if (match := _SPLIT_NAME.search(stems[file]))}
+    named, wanted = {file: _SPLITS[m[1].lower()] for file, m in found.items()}, _SPLITS.get(place.split, place.split)
+    unnamed = [file for file in files if file not in named]
+    apart = len({*named.values()}) > 1 or any(not match.start() for match in found.values())
+    if wanted == "train" and unnamed and wanted not in named.values():
+        files = unnamed
+    elif apart or (named and wanted != "train" and (unnamed or wanted in named.values())):
+        files = [file for file in files if named.get(file) == wanted]
     if not files:
         splits = f"splits: {_listing(set(named.values()))}"
         raise place.problem(f"no file of split {place.split} in this folder", splits)
-    stems: dict[str, list[str]] = {}
+    same: dict[str, list[str]] = {}
     for file in files:
         name = file.name.lower()
-        stems.setdefault(name[: name.rindex(suffix_of(file))], []).append(file.name)
-    if twice := [names for names in stems.values() if names[1:]]:
+        same.setdefault(name[: name.rindex(suffix_of(file))], []).append(file.name)
+    if twice := [names for names in same.values() if names[1:]]:
         why = "; ".join(f"{' and '.join(names)} may be the same rows in two files" for names in twice)
         one, both = path / twice[0][0], ",".join(str(path / name) for name in twice[0])
         raise place.problem(why, f"read one:  {place.key}={one}", f"read both:  data=[{both}]")
-    left_out = sorted(p.name for p in path.iterdir() if p not in files and not p.name.startswith("."))
-    return [_file(file, place) for file in files], left_out
+    unread = (p for p in beside if p not in files and (reader_of(p) or not p.name.startswith(".")))
+    empty = (p for p in files if not p.stat().st_size)
+    return [_file(file, place) for file in files], sorted(p.name for p in (*unread, *empty))
+
+
+def _is_repository(path: Path) -> bool:
+    """Whether a folder is laid out as a data set of the hub: its README names the files, or they lie in folders."""
+    card = path / "README.md"
+    if not card.is_file():
+        return False
+    named = re.match(rb"---\s*\n(?:(?!---).*\n)*?configs:", card.read_bytes())
+    return bool(named) or any(p.is_file() and reader_of(p) for folder in path.iterdir() for p in _visible(folder))
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() and not folder.name.startswith(".") else iter(())
 
 
 def _saved_dataset(path: Path, place: Place) -> RecordTable:

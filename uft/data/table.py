@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
 
 import numpy as np
 
-from uft.data.rows import Kind, Row, decode_row, encode_row, prompt_hash
+from uft.data.rows import Kind, Row, claim_word, decode_row, encode_row, prompt_hash
 from uft.heartbeat import beat
 from uft.runs import clear_left, writing
 
@@ -48,13 +48,13 @@ class RowTable(Sequence[Row]):
     """Rows of a table in some order, by columns of one number a row.
 
     `number` (n,) int64 is their place in the table; `kind` int8 is a place in Kind, `prompt` uint64 see
-    :func:`prompt_words`; rows with the same `feedback` int16 have the same feedback, those with -1 are unlike all
-    others.
+    :func:`prompt_words`, `claim` uint64 :func:`uft.data.rows.claim_word`;
+    rows with the same `feedback` int16 have the same feedback, those with -1 are unlike all others.
     """
 
     def __init__(self, source: str, table: TableFile, columns: dict[str, np.ndarray] | None = None) -> None:
         if columns is None:
-            columns = {name: table.column(name) for name in ("kind", "prompt", "feedback")}
+            columns = {name: table.column(name) for name in ("kind", "prompt", "claim", "feedback")}
             columns["number"] = np.arange(table.starts[-1])
         self.source, self.table, self.columns = source, table, columns
         self.examples: dict[int, Row] = {}  # a row of each feedback that was asked for
@@ -119,6 +119,15 @@ def prompt_words(rows: Sequence[Row]) -> array[int]:
 
 def _prompt_word(row: Row) -> int:
     return int(prompt_hash(row.prompt)[:16], 16)
+
+
+def claims(sources: Sequence[Sequence[Row]]) -> tuple[int, int]:
+    """(how many rows repeat another one, in how many cases some rows contradict others) over all sources."""
+    words = [
+        s.columns["claim"] if isinstance(s, RowTable) else np.array([*map(claim_word, s)], np.uint64) for s in sources
+    ]
+    found = np.unique(np.concatenate([np.empty(0, np.uint64), *words]))
+    return sum(map(len, words)) - len(found), len(found) - len(np.unique(found >> np.uint64(1)))
 
 
 def grouped(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
@@ -365,7 +374,13 @@ def row_schema() -> pa.Schema:
     """The columns of a table of rows."""
     import pyarrow as pa
 
-    types = {"row": pa.large_binary(), "kind": pa.int8(), "prompt": pa.uint64(), "feedback": pa.int16()}
+    types = {
+        "row": pa.large_binary(),
+        "kind": pa.int8(),
+        "prompt": pa.uint64(),
+        "claim": pa.uint64(),
+        "feedback": pa.int16(),
+    }
     return pa.schema(list(types.items()))
 
 
@@ -376,7 +391,7 @@ class RowWriter(TableWriter):
         super().__init__(folder, row_schema())
         self.place = folder.parent
         self.rows = self._waiting_bytes = 0
-        self._waiting: list[tuple[bytes, int, int, int]] = []  # in the order of the columns
+        self._waiting: list[tuple[bytes, int, int, int, int]] = []  # in the order of the columns
         self._known: dict[object, int] = {}  # feedback -> its number
 
     def add(self, row: Row) -> None:
@@ -387,7 +402,8 @@ class RowWriter(TableWriter):
         )
         if feedback not in self._known and len(self._known) < FEEDBACKS:
             self._known[feedback] = len(self._known)
-        self._waiting.append((encoded, _KINDS.index(row.kind), _prompt_word(row), self._known.get(feedback, -1)))
+        words = _prompt_word(row), claim_word(row)
+        self._waiting.append((encoded, _KINDS.index(row.kind), *words, self._known.get(feedback, -1)))
         self.rows += 1
         self._waiting_bytes += len(encoded)
         if len(self._waiting) >= BATCH_ROWS or self._waiting_bytes > BATCH_BYTES:

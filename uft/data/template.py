@@ -106,6 +106,28 @@ def template_file(template: str) -> Path:
     return named if template in FORMS else Path(template).expanduser()
 
 
+def rival_templates(folder: Path) -> str:
+    """A sentence about a model's folder that has two chat templates or one that is not read; "" where it has neither.
+
+    transformers reads chat_template.jinja before tokenizer_config.json, and chat_template.json for processors alone.
+    """
+    file = folder / "chat_template.jinja"
+    own = file.read_text(encoding="utf-8") if file.is_file() else None
+    if own is not None and not own.strip():
+        return "chat_template.jinja is empty: its rows are joined without a template"
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        found: Any = None
+        with suppress(OSError, ValueError, AttributeError):
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+        named = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        texts = [one["template"] for one in named if isinstance(one, dict) and one.get("name") == "default"]
+        unread = own is not None or name == "chat_template.json"
+        if unread and any(isinstance(text, str) and text.strip() != (own or "").strip() for text in texts):
+            which = "chat_template.jinja is read" if own is not None else "it is not read"
+            return f"{name} has another chat template than the one in use: {which}"
+    return ""
+
+
 def unknown_marks(form: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Tokens that a form writes and a tokenizer lacks: they would be learned letter by letter."""
     vocabulary = tokenizer.get_vocab() if form in FORMS else {}
@@ -230,6 +252,11 @@ def check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
     for unknown in sorted(arguments.keys() - words):
         advice = did_you_mean(unknown, sorted(words), cutoff=0.8, shown="data.template_args.{}".format)
         raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
+    for key, value in arguments.items():
+        if isinstance(value, str) and value.lower() in ("false", "no", "off", "none", "null"):
+            why = f"{value!r} is a text here, which templates take for true"
+            advice = (f"without quotation marks:  data.template_args.{key}=false",)
+            raise UftError(Problem(f"data.template_args.{key}", why, advice=advice))
 
 
 def rendering_digest(tokenizer: Any, text: str, more: Any) -> str:

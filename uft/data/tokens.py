@@ -29,7 +29,7 @@ from uft.heartbeat import activity, report_progress
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = 8  # raise it when this code makes other tokens of the same rows, or lays them out otherwise
+CODE_VERSION = 9  # raise it when this code makes other tokens of the same rows, or lays them out otherwise
 CHUNK = 1024  # conversations tokenised at once, or a few more: a row is not divided
 FAULTS_SHOWN = 5  # rows with a wrong mask that are told one by one
 

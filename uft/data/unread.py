@@ -10,10 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
-from uft.data.formats import ALIASES, COMMON, LABELS, Format, aliases, label_value
+from uft.data.formats import ALIASES, COMMON, FIELDS, LABELS, Format, aliases, label_value
 from uft.data.messages import (
     MARKS,
     MEDIA,
@@ -29,7 +29,7 @@ from uft.data.messages import (
 )
 from uft.data.records import SIDES, rating
 from uft.data.rows import Kind, Row
-from uft.errors import Problem
+from uft.errors import Problem, typed
 
 COMPLETION_KEYS = frozenset({"response", "overall_score"})
 """All that is read of an item of UltraFeedback's completions."""
@@ -45,11 +45,12 @@ _IF_GRADE = (
     "successful solved valid verified right harmless safety stars judge judgment judgement win won like thumb",
     "reaction sentiment evaluation eval eval_result accuracy utility advantage return returns value outcome",
     "result annotation upvoted ok okay best selected keep kept use usable useful usefulness include included",
-    "positive polarity points karma ups upvote exact_match acc solve pass_at_1 resolved",
+    "positive polarity points karma ups upvote exact_match acc solve pass_at_1 resolved likert rm nps",
 )
 _FAULT = (
     "bad rejected incorrect wrong toxic toxicity harmful unsafe hallucination hallucinated dislike flagged downvoted",
     "error edited needs_edit rank ranking negative disliked downvote downs harmfulness hate spam discard drop remove",
+    "nsfw refusal refused hallucinates bug bugs buggy severity flag",
 )
 _FAULTS = frozenset(" ".join(_FAULT).split())
 _FAULT_WORDS = _FAULTS | frozenset(["down", "downvotes", "dislikes", "not", "no"])
@@ -74,10 +75,16 @@ _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 _CHOICE = "preference preferences preferred winner better safer choice flipped swapped tie"
 CHOICES = frozenset(["label", "labels", *_CHOICE.split()])
 """Words of columns that say which of two completions is the better one."""
-_MARGINS = frozenset(["margin", "gap", "delta"])
+_MARGINS = frozenset(["margin", "gap", "delta", "difference", "diff"])
+_CLEAR_WORDS = "score scores rating ratings grade quality rank stars star passed failed correct reward"
+_CLEAR = frozenset(_CLEAR_WORDS.split())
+"""Words that make a grade of a column of nothing but grades wherever they stand in its name: rating_1_to_5."""
+_RECORD_WORDS = "id ids idx index model version type name date time at by hash key split count class"
+_RECORDS = frozenset(_RECORD_WORDS.split())
+"""Words of bookkeeping, which make none: rating_id."""
 _VERDICTS = (
     "good bad desirable undesirable chosen rejected accepted correct incorrect like dislike upvote downvote thumbs_up",
-    "thumbs_down 👍 👎 pass fail passed failed accept reject approved disapproved preferred dispreferred",
+    "thumbs_down 👍 👎 ✅ ❌ pass fail passed failed accept reject approved disapproved preferred dispreferred",
 )
 VERDICTS = frozenset(" ".join(_VERDICTS).split())
 """Words for good and bad that make a column a grade whatever its name is."""
@@ -95,7 +102,8 @@ _THOUGHT = "reasoning thinking think thoughts? cot rationales? scratchpad chain_
 _ABOUT = "effort|model|type|mode|level|style|language|source|id|tokens|length|score"
 _PARTS = {  # the field that reads a part of a conversation, "" for none: names of columns that hold one
     "system": "(?:system|sys|developer)(?:_(?:prompt|message|msg|instructions?|text|content))?|preamble|persona",
-    "history": "(?:.*_)?history|(?:previous|earlier|past|prior)_(?:turns|messages|conversations?|dialogue?s?|context)",
+    "history": "(?:.*_)?history|(?:previous|earlier|past|prior)_(?:turns|messages|conversations?|dialogue?s?|context)"
+    "|context_(?:turns|messages)",
     "tools": "(?:.*_)?(?:tools|functions|apis)|(?:tool|function|api)_(?:schemas?|def(?:inition)?s?|description|specs?)",
     "reasoning_content": f"(?:.*_)?(?:{_THOUGHT})(?:_(?!(?:.*_)?(?:{_ABOUT})$).*)?",
     "": "(?:tool|function)_calls?|chat_template_kwargs|"
@@ -108,22 +116,22 @@ _REPLIES = re.compile(
 )
 """Columns of replies beside a prompt."""
 _WEIGHS = re.compile(
-    "(?:.*_)?(?:masks?|weights?)|is_(?:train|target)|train(?:able|_on|_detail)|training_detail|learn|supervised?"
+    "(?:.*_)?(?:masks?|weights?)|is_(?:train|target)|train(?:able|_on(?:_.*)?|_detail)|training_detail|learn|supervised?"
     "|(?:mask|loss|train)_(?:spans?|ranges?|tokens?)"
 )
 _MAY_WEIGH = re.compile(
-    r"(?:.*_)?(?:train|trainable|trained|learn|learned|supervised?|masked|mask)(?:_(?!(?:.*_)?(?:id|idx|index|split)$).*)?"
+    r"(?!in_.+_train$)(?:.*_)?(?:train|trainable|trained|learn|learned|supervised?|masked|mask)(?:_(?!(?:.*_)?(?:id|idx|index|split)$).*)?"
     r"|(?:is|do|no|not|in|use|skip|ignore|compute|only|.*_in|.*_only)_loss|loss_(?:scale|factor)"
 )
 """The same, of columns that hold nothing but truth values and numbers."""
 _UNLEARNED = re.compile("(?:do_not|no|not)_train|(?:is_)?(?:ignored?|skip(?:ped)?|excluded?|deleted|masked)")
 """Names of a weight or mark that tells how much is learned; those of the second are not read as one."""
 _SIDES = {
-    "chosen": "chosen preferred positive better best good",
-    "rejected": "rejected dispreferred loser losing worse worst negative bad",
+    "chosen": "chosen preferred positive better best good corrected correction improved revised edited",
+    "rejected": "rejected dispreferred loser losing worse worst negative bad incorrect distractor",
 }
 _SIDE_WORDS = "message response answer completion conversation output reply text".split()  # noqa: SIM905
-_SIDE_TEXTS = {*_SIDE_WORDS, *(f"{word}s" for word in _SIDE_WORDS)}
+_SIDE_TEXTS = {"hard", *_SIDE_WORDS, *(f"{word}s" for word in _SIDE_WORDS)}
 _SIDE = {word: ours for ours, words in _SIDES.items() for word in words.split()}
 """Words for a side of a pair."""
 
@@ -151,7 +159,8 @@ class Unread:
             self.against.update(name for name, value in told.items() if _is_against(name, value, fields))
         if not {"messages", "conversations"}.isdisjoint(form.required) and form.kind is not Kind.PREFERENCE:
             said = {turn.content.strip() for one in row.completions for turn in one.turns}
-            found = ((name, texts_of(value)) for name, value in told.items() if _REPLIES.fullmatch(name))
+            names = [name for name in told if _REPLIES.fullmatch(name) and (name in FIELDS or not settled)]
+            found = ((name, texts_of(told[name])) for name in names)
             self.replies.update(name for name, texts in found if any(text.strip() not in said for text in texts))
         contexts = [] if settled else [name for name in told if _TEXTS.fullmatch("_".join(_words(name)))]
         for name in (*INPUTS, *contexts):
@@ -177,14 +186,16 @@ def is_verdict(value: Any) -> bool:
 
 
 def _is_against(name: str, value: Any, fields: Record) -> bool:
-    """Whether a number of a pair says that the rejected side is the better one: a margin below 0, or its rank."""
+    """Whether a number of a pair says that the rejected side is the better one: a margin below 0, its rank or grade."""
     words, number = _words(name), number_of(value)
     if not is_number(number):
         return False
     if not _MARGINS.isdisjoint(words):
         return bool(number < 0)
     other = number_of(fields.get(name.replace("chosen", "rejected")))
-    return "rank" in words and "chosen" in words and is_number(other) and bool(number > other)
+    if "chosen" not in words or not is_number(other):
+        return False
+    return bool(number > other) if "rank" in words else _grades(name) and bool(number < other)
 
 
 def _within(value: Any, row: Row) -> bool:
@@ -267,11 +278,13 @@ def unread_feedback(
     words, key = {name: "_".join(_words(name)) for name in told}, f"data.sources.{source}"
     full = {name for name in told if texts.get(name)}
     leave = f"leave it unread:  {key}.kind={form.kind.value}"
+    column = partial(_column, key)
     weights, unlearned = ([n for n in told if names.fullmatch(words[n])] for names in (_WEIGHS, _UNLEARNED))
+    weights += [n for n in told if ".content." in n and words[n] in MARKS and n not in weights]  # of a part of a turn
     may = [n for n in told if n not in full and words[n] not in MARKS and _MAY_WEIGH.fullmatch(words[n])]
     if names := weights or unlearned or may:
         why = f"{_counted(names, columns)} may say how much is learned of the reply"
-        line = [f"read it:  {key}.columns.weight={names[0]}"] if weights and names[0] not in full else []
+        line = [f"read it:  {column('weight', names[0])}"] if weights and names[0] not in full else []
         line = ["call it weight in the messages: 1 is learned, 0 is context; or"] if "." in names[0] else line
         yield Problem(key, why, advice=(*line, leave))
     for ours, pattern in _PARTS.items():
@@ -280,12 +293,12 @@ def unread_feedback(
         if names := [name for name in found if re.fullmatch(pattern, words[name]) or name in addressed]:
             part = "reply" if ours == "reasoning_content" or "call" in words[names[0]] else "conversation"
             why = f"{_counted(names, columns)} may be a part of the {part}"
-            read = f"read it:  {key}.columns.{ours}={names[0]}"
+            read = f"read it:  {column(ours, names[0])}"
             readable = ours and "." not in names[0] and not _side(names[0].partition("_")[0])
             yield Problem(key, why, advice=(read, leave) if readable else (leave,))
     if form.kind is Kind.PROMPT and (replies := [n for n in told if _REPLIES.fullmatch(words[n])]):
         both = ("chosen", "rejected") if len(replies) == 2 else ("completion",)
-        pair = " ".join(f"{key}.columns.{one}={name}" for one, name in zip(both, replies, strict=False))
+        pair = " ".join(map(column, both, replies))
         why = f"{_counted(replies, columns)} may hold replies, but the format {form.name} has none"
         yield Problem(key, why, advice=(f"read them:  {pair}", leave))
     if form.kind is Kind.PREFERENCE and (
@@ -302,19 +315,20 @@ def unread_feedback(
         other = "rejected" if "chosen" in sides else "chosen"
         reply = next((one for one in ("completion", "messages", "conversations") if one in form.required), "answer")
         named = {other: _original(reply, mapped, theirs)} | sides
-        pair = " ".join(f"{key}.columns.{ours}={name}" for ours, name in sorted(named.items()) if ours != name)
+        pair = " ".join(column(ours, name) for ours, name in sorted(named.items()) if ours != name)
         why = f"{_counted([*sides.values()], columns)} is a side of a pair, but the format {form.name} takes one reply"
-        yield Problem(key, why, advice=(f"read both as a pair:  {pair}", leave))
+        sampled = [f"read a list of them:  {column('negatives', sides['rejected'])}"] if "rejected" in sides else []
+        yield Problem(key, why, advice=(f"read both as a pair:  {pair}", *sampled, leave))
     verdict = {name for name in told if verdicts.get(name) == columns[name]}
     graded = [n for n in told if _grades(n) or n in verdict or (n not in full and _may_grade(n))]
     if not graded:
         return
     first = min(graded, key=lambda name: "." in name)
     lines: tuple[str, ...] = (
-        f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
-        f"read it as good or bad:  {key}.columns.label={first}",
+        f"read it as a score:  {column('score', first)} {key}.score_range=[LOWEST,HIGHEST]",
+        f"read it as good or bad:  {column('label', first)}",
     )[first in verdict :]
-    if "." in first:
+    if "." in first and first not in theirs:
         lines = ("make a column of it, or a weight of 0 or 1 in each message",)
     elif not _FAULT_WORDS.isdisjoint(_words(first)):  # the lower, the better
         lines = ("make a column label of it, which is true where the completion is good, or",)
@@ -329,13 +343,13 @@ def unread_meaning(
     """The problem of what only the rows tell: text that the prompt lacks, and labels on two scales."""
     key = f"data.sources.{source}"
     if {-1, 0} <= found.labels:
-        scored = f"{key}.columns.score={_original('label', mapped, theirs)} {key}.score_range=[-1,1]"
+        scored = f"{_column(key, 'score', _original('label', mapped, theirs))} {key}.score_range=[-1,1]"
         why = "label is -1 in some rows and 0 in others, and either may mean bad"
         return Problem(key, why, advice=(f"read it as a score:  {scored}",))
     for (name, ours), count in found.contrary.items():
         if count:
             why = f"{_counted([name], {name: count})} says something else than {ours}, which it is another name of"
-            lines = (f"read it:  {key}.columns.{ours}={name}", f"leave it unread:  {key}.columns.{name}=''")
+            lines = (f"read it:  {_column(key, ours, name)}", f"leave it unread:  {key}.columns.{name}=''")
             return Problem(key, why, advice=lines)
     if names := sorted(found.against):
         why = f"{_counted(names, found.against)} may say that the rejected side is the better one"
@@ -343,9 +357,11 @@ def unread_meaning(
         return Problem(key, why, advice=("make chosen the better side of every pair, or", leave))
     if names := sorted(found.replies):
         conversation = next(name for name in ("messages", "conversations") if name in form.required)
-        follows = f"it follows the conversation:  {key}.columns.prompt={_original(conversation, mapped, theirs)}"
+        asked = _column(key, "prompt", _original(conversation, mapped, theirs))
         own = [_original(name, mapped, theirs) for name in names]
-        leave = "leave it unread:  " + " ".join(f"{key}.columns.{name}=''" for name in own)
+        known = all(name in FIELDS for name in own)
+        unread_names = [f"{key}.columns.{name}=''" for name in own] if known else [f"{key}.kind={form.kind.value}"]
+        follows, leave = f"it follows the conversation:  {asked}", f"leave it unread:  {' '.join(unread_names)}"
         why = f"{_counted(own, dict(zip(own, found.replies.values(), strict=True)))} holds text that the replies lack"
         return Problem(key, why, advice=(follows, leave))
     lacking = sorted(name for name, count in found.lacking.items() if count)
@@ -354,20 +370,26 @@ def unread_meaning(
     advice = ["leave it unread:  " + " ".join(f"{key}.columns.{name}=''" for name in lacking)]
     if others := [name for name in lacking if name not in INPUTS]:
         named = [name for name in ("prompt", "question") if name in form.required and "." not in others[0]]
-        line = [f"{key}.columns.instruction={_original(one, mapped, theirs)} " for one in named]
+        line = [f"{_column(key, 'instruction', _original(one, mapped, theirs))} " for one in named]
         readable = "." not in others[0] and (line or "instruction" in form.required)
-        line = [f"read it with the prompt:  {''.join(line)}{key}.columns.context={others[0]}"] if readable else []
+        line = [f"read it with the prompt:  {''.join(line)}{_column(key, 'context', others[0])}"] if readable else []
         advice = [*line, f"leave it unread:  {key}.kind={form.kind.value}"]
     elif not set(lacking) <= set(CONTEXT):
         pass  # a second prompt
     elif "prompt" in form.required:
-        advice.insert(0, f"read it with the prompt:  {key}.columns.instruction={_original('prompt', mapped, theirs)}")
+        asked = _column(key, "instruction", _original("prompt", mapped, theirs))
+        advice.insert(0, f"read it with the prompt:  {asked}")
     elif "question" in form.required:
         asked = f"{key}.columns.instruction=question"
         asked += f" {key}.columns.completion=answer" if "answer" in form.required else ""
         advice.insert(0, f"read it with the prompt:  {asked}")
     where = "prompt" if set(lacking) <= set(CONTEXT) else "conversation"
     return Problem(key, f"{_counted(lacking, found.lacking)} holds text that the {where} lacks", advice=tuple(advice))
+
+
+def _column(key: str, ours: str, theirs: str) -> str:
+    """The word of a command line that maps a field of ours to a column of the source `key`."""
+    return typed(f"{key}.columns.{ours}", theirs)
 
 
 def _counted(names: list[str], counts: Mapping[str, int]) -> str:
@@ -388,7 +410,7 @@ def _words(name: str) -> tuple[str, ...]:
 def _side(name: str) -> str:
     """The side of a pair that a column holds by its name, or ""."""
     words = [word for word in _words(name) if word not in _SIDE_TEXTS] if "." not in name else []
-    return _SIDE.get(words[0], "") if len(words) == 1 else ""
+    return _SIDE.get(words[0].rstrip("0123456789s"), _SIDE.get(words[0], "")) if len(words) == 1 else ""
 
 
 def _grade_word(name: str) -> str:
@@ -409,6 +431,9 @@ def _may_grade(name: str) -> bool:
         words = words[1:]
     while words[1:] and words[-1] in _BEHIND | nouns:
         words = words[:-1]
+    whole = _words(name)
+    if not _CLEAR.isdisjoint(whole) and _RECORDS.isdisjoint(whole) and _OF_OTHERS.isdisjoint(whole):
+        return True
     return not {_grade_word(name), "_".join(words)}.isdisjoint(_IF_GRADES) or "_".join(words) in FEEDBACK
 
 

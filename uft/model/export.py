@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from uft.distributed import ranks
 from uft.environment import PeerLost
-from uft.errors import FAILED, Problem, UftError
+from uft.errors import FAILED, Problem, UftError, first_line
 from uft.heartbeat import activity
 from uft.model.policy import Policy, own_dropout, set_dropout
 from uft.model.precision import plain_state
@@ -186,6 +186,18 @@ def valid(settings: GenerationConfig) -> GenerationConfig:
         log.warning("generation_config.json: its token ids alone are exported, for it is not valid: %s", error)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         return type(settings)(**{name: getattr(settings, name) for name in ids})
+
+
+def generation_fault(folder: Path) -> str:
+    """A sentence about the generation_config.json of a model's folder that transformers passes over; "" about none."""
+    from transformers import GenerationConfig
+
+    try:
+        if (folder / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(folder).validate()
+    except Exception as error:  # of a file that may hold anything
+        return f"generation_config.json is not used, for it is not valid: {first_line(error)}"
+    return ""
 
 
 def _plain_name(name: str) -> str:

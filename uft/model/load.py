@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,13 @@ from torch import nn
 from uft.config.frozen import to_config
 from uft.config.schema import Config, Model
 from uft.config.stages import without_stages
-from uft.data.template import NAMES, template_file
+from uft.data.template import NAMES, rival_templates, template_file
 from uft.distributed import ranks
 from uft.environment import PeerLost
 from uft.errors import FAILED, Problem, UftError, did_you_mean, first_line
 from uft.heartbeat import activity
 from uft.model import checkpoint
-from uft.model.export import plain_model
+from uft.model.export import generation_fault, plain_model
 from uft.model.policy import (
     DTYPES,
     Policy,
@@ -45,6 +46,7 @@ from uft.runs import cache_root, clear_left, find_weights, is_checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 MODEL_PATH = "model.path"
 """The setting that names a model, in errors, unless another one is said."""
 
@@ -65,6 +67,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         return with_template(load_tokenizer(own.model), own.data.template)
     with _explained(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
+    if (folder := folder_of(place)) and (rivals := rival_templates(folder)):
+        tell_once(f"model.path={model.path}: {rivals}")
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if outside := [name for name in templates if name in ("", ".", "..") or Path(name).name != name]:
         why = f"a chat template is named {outside[0]!r}; the export writes it to a file of its name, outside the folder"
@@ -73,10 +77,16 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@cache
+def tell_once(text: str) -> None:
+    """A warning about a model, which one process may load more than once."""
+    log.warning(text)
+
+
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template of `data.template`; `plain` is none at all."""
     if template != "auto":
-        text = None if template == "plain" else template_file(template).read_text(encoding="utf-8")
+        text = None if template == "plain" else template_file(template).read_text(encoding="utf-8-sig")
         tokenizer.chat_template = text
     return tokenizer
 
@@ -166,7 +176,8 @@ def empty_policy(model: Model, key: str = MODEL_PATH) -> Policy:
     counting weights and bytes."""
     config, dtype = model_config(model, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
-        base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        with _explained(f"{key}={model.path}", "no model can be made by its configuration", model):
+            base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         quantise(blocks(base), model)
         policy = Policy(adapt_module(base, model, init_seed=0) if key == MODEL_PATH else base, model.dtype)
     policy.offloads = model.activation_offload
@@ -243,7 +254,7 @@ def load_base(model: Model, key: str = MODEL_PATH) -> Any:
     words: Any = module.get_input_embeddings().weight
     if names := [name for name, p in broken if p is not words]:
         raise UftError(Problem(what, f"{len(names)} of its weights hold NaN or infinity", advice=tuple(names[:5])))
-    module.uft_notes = []
+    module.uft_notes = [fault] if folder and (fault := generation_fault(folder)) else []
     if broken:  # a run without these words is sound, and another fails with its row
         rows = int((~words.isfinite().all(1)).sum())
         module.uft_notes.append(f"the embeddings of {rows:,} of its tokens hold NaN or infinity")
