@@ -9,7 +9,7 @@ from uft.cli import main
 from uft.config.frozen import load_config
 from uft.runs import Run, find_runs
 from uft.tracking.wandb import Wandb
-from uft.training.session import next_commands
+from uft.training.card import next_commands
 
 EXPERIMENT = "# @package _global_\n# mine\ndefaults:\n  - override /objective: {}\n  - override /data: pairs\n{}"
 REQUESTS = {

@@ -81,6 +81,7 @@ def rotation(number: int) -> list[str]:
     choices = []
     for group, options in GROUPS.items():
         names = [name for name in options if group != "hardware" or name not in absent]
+        names = [name for name in names if "override /experiment" not in options[name].read_text()]  # likewise alone
         choices += [f"{group}={names[number % len(names)]}"] if group not in ALONE else []
     return [*choices, *(line for choice in choices for line in NEEDS.get(choice, ()))]
 

@@ -81,7 +81,7 @@ def bowl(job):
 
 def test_axes_of_the_grammar(loader):
     words = ("objective=uft,dpo", BETA, "optim.lr=tag(log,interval(1e-5,1e-3))", "train.batch_size=range(8,33,8)")
-    space = parse_space([*words, "data=glob(m*)", "seed=choice(1)", "train.steps=3"], loader)
+    space = parse_space([*words, "data=glob(mi*)", "seed=choice(1)", "train.steps=3"], loader)
     assert space.distributions == {
         "objective": CategoricalDistribution(("uft", "dpo")),
         "objective.beta": FloatDistribution(0.1, 2.0),

@@ -27,6 +27,9 @@ ARMS = {  # arm -> the objective and the mixture that it says it is
     "sft_sequence": ("sft", {"mix"}),
     "uft": ("uft", {"mix"}),
     "una": ("una", {"mix"}),
+    "uft_alone": ("uft", {"instruct"}),
+    "ift_alone": ("ift", {"instruct"}),
+    "dft_alone": ("dft", {"negatives"}),
     "irft": ("irft", {"negatives"}),
     **{
         name: (name, {"mix"})

@@ -35,7 +35,7 @@ from toys import apart, settings
 
 GROUPS = groups([conf_dir()])
 OBJECTIVES = list(GROUPS["objective"])
-DATA = [name for name in GROUPS["data"] if name != "files"]  # which has no source of its own
+DATA = [name for name, file in GROUPS["data"].items() if "path: builtin:" in file.read_text()]  # the playground's
 UNLIKE = list(apart(OBJECTIVES))[::2]
 OTHERS = [name for name in DATA if name != "mix"]
 SMALL = ("train.steps=2", "train.batch_size=8", "eval=none", "tracking=none", "hardware=cpu")

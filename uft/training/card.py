@@ -1,4 +1,5 @@
-"""The card of a run, shown when it starts, and the model card of an exported folder, its README.md.
+"""The card of a run, shown when it starts, the commands to go on with at its end, and the model card of an exported
+folder, its README.md.
 
 The model card has the form of the Hugging Face hub: what was trained by which objective and paper, on which rows, how
 well it does, and how to load it. Places on this machine are left out, and secrets are hidden.
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import takewhile
 from pathlib import Path
@@ -18,14 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from uft import __version__
-from uft.config.messages import config_dirs, groups
+from uft.config.messages import as_typed, config_dirs, groups
 from uft.config.models import first_rate, size_of_model
 from uft.config.schema import Config, Eval
 from uft.config.stages import Stage
 from uft.data.batch import Layout
 from uft.data.report import data_omissions, mixture_table
 from uft.errors import redact
-from uft.runs import Run, lineage, read_json, shown
+from uft.runs import Run, lineage, read_json, shown, typed_path
 from uft.tracking.console import HEADLINES, Card, count, number
 from uft.tracking.metrics import read_metrics
 from uft.training.dataset import RunData, TrainData
@@ -278,3 +280,37 @@ def stage_card(prepared: Prepared) -> Card:
         ("memory", f"about {count(sum(parts.values()))}B of {count(free)}B free ({needed})"),
         ("checkpoints", f"about {count(saved)}B each, the newest {config.train.keep_last} are kept (train.keep_last)"),
     ]
+
+
+OWN_KEYS = ("objective", "run.", "sweep.")
+"""Overrides that belong to this run alone: its objective, its folder and its sweep."""
+
+
+def next_commands(run: Run, config: Config, status: str) -> list[str]:
+    """Commands to go on with, each as it can be given here, with a word about it."""
+    if status != "finished":
+        return [f"uft resume {typed_path(run.path)}"]
+    path, to = typed_path(run.path), shlex.quote(f"{run.name}-model")
+    lines = [f"uft chat {path}      # a conversation with it", f"uft export {path} --to {to}      # for other programs"]
+    lines += [f"uft eval {path}      # the tasks of eval.tasks"] if config.eval.tasks else []
+    lines = lines if run.model_dir.is_dir() else []
+    other = "ift" if config.objective["name"] == "sft" else "sft"
+    words = [f"objective={other}", *(w for w in run.overrides() if not w.lstrip("+~").startswith(OWN_KEYS))]
+    words = [f"train.steps={config.train.steps or 'null'}" if w.startswith("train.steps=") else w for w in words]
+    files = any(word.lstrip("+").startswith(("experiment", "--")) for word in words)  # which may set anything
+    swept = any(word.lstrip("+").startswith("sweep=") for word in words)  # the command would be the whole sweep
+    if not config.stages and not swept and (not files or can_be_composed(words)):
+        command = shlex.join(["uft", "train", *as_typed(words)])
+        lines.insert(0, f"{command}      # the same rows under another objective")
+    return lines
+
+
+def can_be_composed(words: Iterable[str]) -> bool:
+    """Whether these words, options among them, are a valid request: an experiment may set keys of its objective."""
+    from uft.config.compose import examine
+    from uft.config.files import Request
+
+    options = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--")}
+    overrides = tuple(word for word in words if not word.startswith("--"))
+    name, folder = options.get("--config-name", "config"), options.get("--config-dir")
+    return not examine(Request(overrides, name, folder, options.get("--config-path"))).problems

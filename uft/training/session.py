@@ -14,7 +14,6 @@ import gc
 import logging
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +26,6 @@ from typing import Any
 import torch
 
 from uft.config.frozen import to_builtins
-from uft.config.messages import as_typed
 from uft.config.schema import Config, Eval, Model
 from uft.config.stages import Stage, is_made, maker, stages_of
 from uft.distributed import ranks
@@ -43,7 +41,7 @@ from uft.sampling.generate import Interrupted
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import final_metrics, read_metrics
 from uft.tracking.trackers import Trackers, make_tracker
-from uft.training.card import ModelCard, stage_card, start_card
+from uft.training.card import ModelCard, next_commands, stage_card, start_card
 from uft.training.dataset import RunData, read_run_data, resolve_made_paths
 from uft.training.exporting import export_checked
 from uft.training.liveness import Stop, watching
@@ -86,10 +84,10 @@ def train(run: Run, config: Config, stop: Stop) -> int:
 @contextmanager
 def run_console(run: Run) -> Iterator[Console]:
     """The console of a session, which shows this program's log warnings too; only rank 0 is heard."""
-    is_rank0 = ranks().is_rank0
-    with nullcontext(sys.stdout) if is_rank0 else open(os.devnull, "w") as stream:
+    log = run.path / "console.log" if ranks().is_rank0 else None
+    with nullcontext(sys.stdout) if log else open(os.devnull, "w") as stream:
         with writing(run.path / "console.log", code=BAD_REQUEST):
-            console = Console(stream, run.path / "console.log" if is_rank0 else None)
+            console = Console(stream, log)
         handler, logger = logging.Handler(logging.WARNING), logging.getLogger("uft")
         handler.emit = lambda record: console.message(record.getMessage())  # type: ignore[method-assign]
         logger.addHandler(handler)
@@ -566,37 +564,3 @@ def error_text(error: Exception, config: Config) -> str:
         text = f"{type(error).__name__}: {error}"
     note(text)
     return text
-
-
-OWN_KEYS = ("objective", "run.", "sweep.")
-"""Overrides that belong to this run alone: its objective, its folder and its sweep."""
-
-
-def next_commands(run: Run, config: Config, status: str) -> list[str]:
-    """Commands to go on with, each as it can be given here, with a word about it."""
-    if status != "finished":
-        return [f"uft resume {typed_path(run.path)}"]
-    path, to = typed_path(run.path), shlex.quote(f"{run.name}-model")
-    lines = [f"uft chat {path}      # a conversation with it", f"uft export {path} --to {to}      # for other programs"]
-    lines += [f"uft eval {path}      # the tasks of eval.tasks"] if config.eval.tasks else []
-    lines = lines if run.model_dir.is_dir() else []
-    other = "sft" if config.objective["name"] != "sft" else "ift"
-    words = [f"objective={other}", *(w for w in run.overrides() if not w.lstrip("+~").startswith(OWN_KEYS))]
-    words = [f"train.steps={config.train.steps or 'null'}" if w.startswith("train.steps=") else w for w in words]
-    files = any(word.lstrip("+").startswith(("experiment", "--")) for word in words)  # which may set anything
-    swept = any(word.lstrip("+").startswith("sweep=") for word in words)  # the command would be the whole sweep
-    if not config.stages and not swept and (not files or can_be_composed(words)):
-        command = shlex.join(["uft", "train", *as_typed(words)])
-        lines.insert(0, f"{command}      # the same rows under another objective")
-    return lines
-
-
-def can_be_composed(words: Iterable[str]) -> bool:
-    """Whether these words, options among them, are a valid request: an experiment may set keys of its objective."""
-    from uft.config.compose import examine
-    from uft.config.files import Request
-
-    options = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--")}
-    overrides = tuple(word for word in words if not word.startswith("--"))
-    name, folder = options.get("--config-name", "config"), options.get("--config-dir")
-    return not examine(Request(overrides, name, folder, options.get("--config-path"))).problems
