@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from playground_table import COLUMNS, measured
+from scipy.stats import spearmanr
 
-from uft.report.verdict import Difference, difference_of, holm
+from uft.report.verdict import Difference, difference_of, holm, spread
 from uft.runs import find_runs
 
 MARGIN = 0.05  # of "as good as", in shares of right answers
@@ -100,6 +101,23 @@ def verdict(claim: Claim, found: Difference | None, p: float | None) -> str:
     return "**holds**" if found.difference > 0 else "does not hold"
 
 
+def ranking(arms: Arms) -> str:
+    """How far the likelihood of chosen answers ranks the arms as their style does: Spearman's correlation by seed."""
+    by_seed = {}
+    for seed in sorted({seed for seeds in arms.values() for seed in seeds}):
+        pairs = [
+            [seeds[seed][COLUMNS[name]] for name in ("nll chosen", "style")] for seeds in arms.values() if seed in seeds
+        ]
+        if len(pairs) > 2:
+            nll, style = zip(*pairs, strict=True)
+            by_seed[seed] = float(spearmanr([-value for value in nll], style).statistic)
+    found = spread([*by_seed.values()]) if by_seed else None
+    if found is None or found.low is None:
+        return "Rank correlation of likelihood and style: not measured"
+    between = f"[{found.low:+.2f}, {found.high:+.2f}] over {found.n} seeds"
+    return f"Rank correlation of likelihood (nll chosen) and style over {len(arms)} arms: {found.mean:+.2f} {between}"
+
+
 def mean(claim: Claim, arm: str, arms: Arms) -> str:
     values = [metrics[COLUMNS[claim.column]] for metrics in arms.get(arm, {}).values()]
     return f"{sum(values) / len(values):.2f}" if values else "-"
@@ -122,7 +140,8 @@ def table(arms: Arms) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="folders of sweeps")
-    print(table(arms_of(parser.parse_args().folders)))
+    arms = arms_of(parser.parse_args().folders)
+    print(table(arms), "", ranking(arms), sep="\n")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_reuse_is_what_the_comment_says():
     ("name", "arms"),
     [
         ("active_dpo", ["active_dpo", "random", "random_pairs"]),
-        ("pds", ["pds", "random", "all", "trusted"]),
+        ("pds", ["pds", "random_half", "all", "trusted"]),
         ("rounds", ["spin", "irft", "sft", "sft_tuned"]),
     ],
 )

@@ -162,7 +162,7 @@ def claims(tmp_path, table):
                 fake_run(tmp_path / f"{arm}-seed{seed}", (share, share, share, 1 - share, 1 - share))
         code, out, err = table(tmp_path, script="claims")
         assert code == 0, err
-        found = [cells(row) for row in out.splitlines()[2:]]
+        found = [cells(row) for row in out.splitlines()[2:] if row.startswith("|")]
         return {row[0]: (row[3], row[4], row[5], row[7]) for row in found}
 
     return run
