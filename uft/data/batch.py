@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from uft.data.chat import Tokens
-from uft.data.rows import Completion, Kind, Role, Row, Selection, View
+from uft.data.rows import Completion, Kind, Role, Row, Selection, Tokens, View
 
 Tensor = torch.Tensor
 

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from uft.data.messages import under_system
-from uft.data.plain import Conversation, Note, Plain, Tokens, finish, learned_turns
-from uft.data.rows import Message, Row, Turns
+from uft.data.plain import Plain
+from uft.data.rows import Conversation, Message, Note, Row, Tokens, Turns, finish, learned_turns
 from uft.data.template import (
     END,
     FORMS,

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from uft.data.batch import Batch, Example, Layout, make_example, micro_batches, mismatched
-from uft.data.chat import Tokens
 from uft.data.mixture import Mixture, RowIndex
-from uft.data.rows import Kind, Row, Selection, View
+from uft.data.rows import Kind, Row, Selection, Tokens, View
 from uft.data.table import grouped
 from uft.data.tokens import TokenizedSource
 from uft.distributed import balanced_shards, ranks

@@ -1,65 +1,18 @@
-"""Conversations as tokens: what every way of rendering makes, and the way without a template."""
+"""Conversations as tokens without a template: prompt and replies joined."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uft.data.rows import Turns
+from uft.data.rows import Conversation, Tokens, Turns, finish, learned_turns
 from uft.errors import Problem, UftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Conversation = tuple[Turns, Turns]  # (prompt, the turns after it)
-
-
-class Note(NamedTuple):
-    """A difference between a conversation and the text that its template makes of it."""
-
-    what: str  # in words that follow the template's name
-    turn: int  # the turn's place in the conversation
-    lost: bool = False  # text that was to be supervised is not learned as the row has it
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One prompt with one completion, ready for the model; of a row without any the prompt alone."""
-
-    ids: np.ndarray  # (L,) int32
-    supervised: np.ndarray  # (L,) bool; the last is True, of a prompt alone none
-    prompt_length: int  # tokens before the first supervised one
-    notes: tuple[Note, ...] = ()  # not kept in a cache
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    @property
-    def targets(self) -> int:
-        """Supervised tokens that have a predictor: all but the first token of the sequence."""
-        return int(self.supervised[1:].sum())
-
-
-def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
-    """Ids cut after the last supervised token; uncut where nothing is supervised, for the check that reports it."""
-    learned = np.flatnonzero(supervised)
-    end = int(learned[-1]) + 1 if len(learned) else len(ids)
-    return Tokens(ids[:end], supervised[:end], int(learned[0]) if len(learned) else end)
-
-
-def learned_turns(turns: Turns, first: int, train_on: str) -> list[int]:
-    """The assistant turns from number `first` on that are learned: all but those marked as context, the last of these,
-    or those that are marked to be learned."""
-    replies = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
-    if train_on == "marked":
-        return [number for number in replies if turns[number].learned]
-    learned = [number for number in replies if turns[number].learned is not False]
-    return learned[-1:] if train_on == "last" else learned
 
 
 class Plain:
@@ -85,7 +38,7 @@ class Plain:
         texts: list[str] = []  # of each conversation the prompt's, then one per turn that follows
         for (prompt, turns), name in zip(conversations, names, strict=True):
             refuse_fields((*prompt, *turns), name)
-            texts.append(_joined(prompt))
+            texts.append("\n\n".join(turn.content for turn in prompt))
             texts += [
                 self._reply(turn.content) if turn.role == "assistant" else f"\n\n{turn.content}\n\n" for turn in turns
             ]

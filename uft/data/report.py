@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uft.data.chat import Tokens
 from uft.data.mixture import Mixture
-from uft.data.rows import Kind, View
+from uft.data.rows import Kind, Tokens, View
 from uft.data.sources import LoadedSource
 from uft.data.table import claims, grouped, like, prompt_words
 from uft.data.tokens import LengthReport, TokenizedSource

@@ -1,4 +1,4 @@
-"""Row: one prompt, its completions, and whatever feedback they carry.
+"""Row: one prompt, its completions, and whatever feedback they carry; and what all ways of rendering make of it.
 
 One frozen record serves every kind of feedback; its kind is derived from what the completions carry, never stored.
 """
@@ -12,7 +12,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BASELINE, SOFT_LABEL, SCORE = "baseline_logp", "soft_label", "score"
 ANNOTATIONS = (BASELINE, SOFT_LABEL)
@@ -214,6 +217,56 @@ def _turn_lists(turns: Sequence[Message]) -> list[list[Any]]:
         else [turn.role, turn.content]
         for turn in turns
     ]
+
+
+# --- The tokens of a conversation.
+
+
+Conversation = tuple[Turns, Turns]  # (prompt, the turns after it)
+
+
+class Note(NamedTuple):
+    """A difference between a conversation and the text that its template makes of it."""
+
+    what: str  # in words that follow the template's name
+    turn: int  # the turn's place in the conversation
+    lost: bool = False  # text that was to be supervised is not learned as the row has it
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One prompt with one completion, ready for the model; of a row without any the prompt alone."""
+
+    ids: np.ndarray  # (L,) int32
+    supervised: np.ndarray  # (L,) bool; the last is True, of a prompt alone none
+    prompt_length: int  # tokens before the first supervised one
+    notes: tuple[Note, ...] = ()  # not kept in a cache
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens that have a predictor: all but the first token of the sequence."""
+        return int(self.supervised[1:].sum())
+
+
+def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
+    """Ids cut after the last supervised token; uncut where nothing is supervised, for the check that reports it."""
+    (learned,) = supervised.nonzero()
+    end = int(learned[-1]) + 1 if len(learned) else len(ids)
+    return Tokens(ids[:end], supervised[:end], int(learned[0]) if len(learned) else end)
+
+
+def learned_turns(turns: Turns, first: int, train_on: str) -> list[int]:
+    """The assistant turns from number `first` on that are learned: all but those marked as context, the last of these,
+    or those that are marked to be learned."""
+    replies = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
+    if train_on == "marked":
+        return [number for number in replies if turns[number].learned]
+    learned = [number for number in replies if turns[number].learned is not False]
+    return learned[-1:] if train_on == "last" else learned
 
 
 # --- Rows that may not be meant as they are.

@@ -24,8 +24,8 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
 from uft.data.messages import texts_of
-from uft.data.plain import Note, without_end
-from uft.data.rows import Message, Turns
+from uft.data.plain import without_end
+from uft.data.rows import Message, Note, Turns
 from uft.errors import Problem, UftError, did_you_mean
 
 if TYPE_CHECKING:

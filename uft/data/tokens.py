@@ -20,9 +20,8 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-from uft.data.chat import Renderer, Tokens, advice_about, finish
-from uft.data.plain import learned_turns
-from uft.data.rows import Row, content_digest
+from uft.data.chat import Renderer, advice_about
+from uft.data.rows import Row, Tokens, content_digest, finish, learned_turns
 from uft.data.table import Corrupt, TableFile, TableWriter, open_table, pick
 from uft.errors import Problem, UftError, raise_problems
 from uft.heartbeat import activity, report_progress

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
-from uft.data.formats import ALIASES, COMMON, FIELDS, LABELS, Format, aliases, label_value
+from uft.data.formats import ALIASES, COMMON, FIELDS, LABELS, SIDES, Format, aliases, label_value, rating
 from uft.data.messages import (
     MARKS,
     MEDIA,
@@ -27,7 +27,6 @@ from uft.data.messages import (
     texts_of,
     unpacked,
 )
-from uft.data.records import SIDES, rating
 from uft.data.rows import Kind, Row
 from uft.errors import Problem, typed
 
