@@ -59,10 +59,6 @@ class Plain:
     def encode_prompts(self, prompts: Sequence[Turns], names: Sequence[str]) -> list[Tokens]:
         return self.encode_many([(prompt, ()) for prompt in prompts], names)
 
-    def prompt_ids(self, prompt: Turns) -> list[int]:
-        refuse_fields(prompt, "prompt")
-        return self._begin(self._tokenize([_joined(prompt)])[0])
-
     def _reply(self, content: str) -> str:
         """A reply without the end-of-text token, should it spell that as a token."""
         return content if self._spelled else without_end(content, [str(self.tokenizer.eos_token)])
@@ -89,7 +85,3 @@ def refuse_fields(turns: Turns, name: str) -> None:
     if found is not None:
         why = f"has {found}, which only a chat template can render"
         raise UftError(Problem(f"row {name}", why, where="data.template=plain", advice=("set another data.template",)))
-
-
-def _joined(prompt: Turns) -> str:
-    return "\n\n".join(turn.content for turn in prompt)

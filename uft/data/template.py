@@ -10,7 +10,7 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -84,6 +84,10 @@ class Template:
                 raise LimitExceeded(f"it writes {len(one.text):,} characters where the conversation has {size:,}")
         return rendered
 
+    def write(self, turns: Turns, add_generation_prompt: bool = False) -> str:
+        """The text of one conversation."""
+        return self.render([turns], add_generation_prompt)[0].text
+
 
 FORMS = {
     "qwen3": "<|im_start|> <|im_end|>",
@@ -116,10 +120,10 @@ def rival_templates(folder: Path) -> str:
     if own is not None and not own.strip():
         return "chat_template.jinja is empty: its rows are joined without a template"
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found: Any = None
+        beside: Any = None
         with suppress(OSError, ValueError, AttributeError):
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-        named = found if isinstance(found, list) else [{"name": "default", "template": found}]
+            beside = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+        named = beside if isinstance(beside, list) else [{"name": "default", "template": beside}]
         texts = [one["template"] for one in named if isinstance(one, dict) and one.get("name") == "default"]
         unread = own is not None or name == "chat_template.json"
         if unread and any(isinstance(text, str) and text.strip() != (own or "").strip() for text in texts):
@@ -137,12 +141,12 @@ def unknown_marks(form: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def forms_for(template: str, variables: Mapping[str, Any]) -> list[str]:
     """The form that a family's own template, as Jinja, may be replaced by, if there is one: it writes the family's
     marks, and generation starts from the same text."""
-    found = (name for name, marks in FORMS.items() if all(mark in template for mark in marks.split()))
-    likely = [name for name in found if _SIGNS.get(name, "") in template]
+    alike = (name for name, marks in FORMS.items() if all(mark in template for mark in marks.split()))
+    likely = [name for name in alike if _SIGNS.get(name, "") in template]
 
     def start(text: str) -> str:
         with suppress(*TEMPLATE_ERRORS):
-            return _start(Template(text, variables).render, (Message("user", "?"),))
+            return Template(text, variables).write((Message("user", "?"),), True)
         return ""
 
     own = start(template) if likely else ""
@@ -195,11 +199,10 @@ CHANGING = {
 
 END = "\ue002"
 """A private-use character that marks a place in contents."""
-Render = Callable[..., list[Rendered]]  # of a Template
 
 
 def as_generated(
-    render: Render, turns: Turns, first: int, stops: Sequence[str], ends: Sequence[str]
+    template: Template, turns: Turns, first: int, stops: Sequence[str], ends: Sequence[str]
 ) -> tuple[str, dict[int, CharSpan]] | int:
     """(the text, the characters of every reply from turn `first` on with its stop token); or the number of a turn
     whose text cannot be told apart. Raises one of TEMPLATE_ERRORS.
@@ -208,8 +211,10 @@ def as_generated(
     """
     text, places = "", dict[int, CharSpan]()
     for number in (place for place in range(first, len(turns)) if turns[place].role == "assistant"):
-        before = _between(render, turns, max(places), number, ends) if places else _start(render, turns[:number])
-        reply = _last_reply(render, turns[: number + 1], stops)
+        before = (
+            _between(template, turns, max(places), number, ends) if places else template.write(turns[:number], True)
+        )
+        reply = _last_reply(template, turns[: number + 1], stops)
         if before is None or reply is None:
             return number
         places[number] = (len(text) + len(before), len(text) + len(before) + len(reply))
@@ -217,29 +222,23 @@ def as_generated(
     return text, places
 
 
-def _start(render: Render, turns: Turns) -> str:
-    return render([turns], add_generation_prompt=True)[0].text
-
-
-def _last_reply(render: Render, turns: Turns, stops: Sequence[str]) -> str | None:
+def _last_reply(template: Template, turns: Turns, stops: Sequence[str]) -> str | None:
     """What stands between the text that generation starts from and the end of the last turn; where the template drops
     the system prompt before a reply, of the conversation without it."""
     for known in (turns, tuple(turn for turn in turns if turn.role != "system")):
-        start, text = _start(render, known[:-1]), render([known])[0].text
+        start, text = template.write(known[:-1], True), template.write(known)
         if text.startswith(start):
             ends = [place + len(stop) for stop in stops if (place := text.find(stop, len(start))) >= 0]
             return text[len(start) : min(ends)] if ends else None
     return None
 
 
-def _between(render: Render, turns: Turns, last: int, number: int, ends: Sequence[str]) -> str | None:
+def _between(template: Template, turns: Turns, last: int, number: int, ends: Sequence[str]) -> str | None:
     """What generation of turn `number` starts from, after the end of the reply `last`."""
-    start, following = _start(render, turns[:number]), turns[last + 1]
+    start, following = template.write(turns[:number], True), turns[last + 1]
     for content in (following.content, following.content.strip()):
-        marked = _start(
-            render, (*turns[: last + 1], replace(following, content=END + content), *turns[last + 2 : number])
-        )
-        before, mark, after = marked.partition(END)
+        marked = (*turns[: last + 1], replace(following, content=END + content), *turns[last + 2 : number])
+        before, mark, after = template.write(marked, True).partition(END)
         places = [place + len(end) for end in ends if (place := before.rfind(end)) >= 0]
         if mark and before + after == start and places:
             return start[max(places) :]
@@ -279,12 +278,11 @@ def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Not
     squeezed = "".join(text.split())
     for number, turn in enumerate(turns):
         fields = json.loads(turn.extra) if turn.extra else {}
-        found = {name: fields[name] for name in ("tools", "tool_calls") if name in fields}
-        parts = {name: [one.get("function", one) for one in ones] for name, ones in found.items()}
-        required = {
-            f"does not render {name}": [*texts_of([[one.get("name"), one.get("arguments")] for one in ones])]
-            for name, ones in parts.items()
-        }
+        required = {}
+        for name in (name for name in ("tools", "tool_calls") if name in fields):
+            functions = [one.get("function", one) for one in fields[name]]
+            said = [[one.get("name"), one.get("arguments")] for one in functions]
+            required[f"does not render {name}"] = [*texts_of(said)]
         required["does not render reasoning_content"] = [fields.get("reasoning_content", "")]
         required[f"leaves out, or changes the text of, {turn.role} turns"] = [turn.content]
         for what, words in required.items():
