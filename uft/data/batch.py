@@ -183,7 +183,7 @@ def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
     Cut at `max_length` tokens. Nothing for a single row.
     """
     sides = [(item, part, encoded) for item in examples for part, encoded in zip(item.parts, item.encoded, strict=True)]
-    found = []
+    exchanged = []
     for number, (own, part, completion) in enumerate(sides):
         following = (sides[(number + k) % len(sides)] for k in range(1, len(sides)))
         item, _, prompt = next((side for side in following if side[0].example != own.example), (None, None, None))
@@ -194,8 +194,8 @@ def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
         supervised[prompt.prompt_length :] = completion.supervised[completion.prompt_length :]
         joined = Tokens(ids[:max_length], supervised[:max_length], prompt.prompt_length)
         if joined.targets:
-            found.append(Example(item.example, own.row, (part,), (joined,)))
-    return found
+            exchanged.append(Example(item.example, own.row, (part,), (joined,)))
+    return exchanged
 
 
 def is_good(completion: Completion) -> bool:
@@ -251,6 +251,8 @@ def collate(examples: Sequence[Example], pad_id: int, layout: Layout = Layout.PA
         sides[row, part.role].append(number)
     positives_and_negatives = ((sides[row, Role.POSITIVE], sides[row, Role.NEGATIVE]) for row in range(len(examples)))
     kinds = {kind: number for number, kind in enumerate(Kind)}
+    known = [({} if c.score is None else {"score": c.score}) | dict(c.annotations) for c in completions]
+    names = dict.fromkeys(name for numbers in known for name in numbers)
     return Batch(
         **laid,
         row=_integers(row for row, _, _, _ in sequences),
@@ -261,7 +263,7 @@ def collate(examples: Sequence[Example], pad_id: int, layout: Layout = Layout.PA
         example=_integers(item.example for item in examples),
         kind=_integers(kinds[item.row.kind] for item in examples),
         columns=_columns(examples, completions, laid["sequence"].numpy()),
-        annotations=_annotations(completions),
+        annotations={n: torch.tensor([one.get(n, math.nan) for one in known], dtype=torch.float32) for n in names},
     )
 
 
@@ -284,13 +286,6 @@ def _columns(examples: Sequence[Example], completions: Sequence[Completion], seq
         spread[firsts] = [completions[number].log_prob or 0.0 for number in numbers]
         columns["sampling_log_probs"] = torch.from_numpy(spread)
     return columns
-
-
-def _annotations(completions: Sequence[Completion]) -> dict[str, Tensor]:
-    """Per sequence: scores and annotations of its completion; NaN where it has none."""
-    known = [({} if c.score is None else {"score": c.score}) | dict(c.annotations) for c in completions]
-    names = dict.fromkeys(name for numbers in known for name in numbers)
-    return {name: torch.tensor([n.get(name, math.nan) for n in known], dtype=torch.float32) for name in names}
 
 
 def _integers(values: Iterable[Any]) -> Tensor:

@@ -15,32 +15,27 @@ A conversation is rendered once, whole, and that text alone is tokenised. The ma
 A turn that the template leaves out or changes, and other differences between a row and its text, are notes beside the
 tokens.
 
-`plain` (:mod:`uft.data.plain`) is the way for base models without a template.
+`plain` is the way for base models without a template.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import accumulate
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from uft.data.messages import under_system
-from uft.data.plain import Plain
 from uft.data.rows import Conversation, Message, Note, Row, Tokens, Turns, finish, learned_turns
 from uft.data.template import (
     END,
     FORMS,
-    NAMES,
     RESERVED,
     TEMPLATE_ERRORS,
     CharSpan,
@@ -51,14 +46,16 @@ from uft.data.template import (
     Template,
     as_generated,
     check_arguments,
+    fill,
     forms_for,
     marked_parts,
     misplaced,
     missing_text,
+    read_template,
     rendering_digest,
-    template_file,
-    unknown_marks,
+    token_span,
     with_date,
+    without_end,
 )
 from uft.errors import Problem, UftError
 
@@ -115,10 +112,7 @@ class Renderer:
             self._strategy = Plain(tokenizer, train_on, special_text)
             check_arguments(arguments or {}, "", "plain")
         else:
-            if missing := unknown_marks(template, tokenizer):
-                why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
-                raise UftError(Problem(f"data.template={template}", why))
-            text = _read_template(template, tokenizer)
+            text = read_template(template, tokenizer)
             name = "the tokenizer's chat template" if template == "auto" else template
             check_arguments(arguments or {}, text, name)
             how = (train_on, special_text, rendering)
@@ -183,23 +177,57 @@ class Renderer:
         return encoded.ids[: encoded.prompt_length].tolist()
 
 
-def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    if path == "auto":
-        try:
-            return str(tokenizer.get_chat_template())
-        except ValueError:
-            names = ", ".join(sorted(map(str, tokenizer.chat_template)))  # a dictionary
-            why = f"the tokenizer has templates of the names {names}, and no default"
-            advice = ("write the one to be used into a file:  data.template=FILE.jinja",)
-            raise UftError(Problem("data.template=auto", why, advice=advice)) from None
-    file = template_file(path)
-    if not os.path.isfile(file):
-        advice = (f"choices: {', '.join(NAMES)}, or a Jinja file",)
-        raise UftError(Problem(f"data.template={path}", "no such file", advice=advice))
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
+# --- Without a template.
+
+
+class Plain:
+    """No template: prompt and completion are tokenised apart and joined.
+
+    The tokenizer's own first token stands before, the end-of-text token, which is learned, after every assistant turn.
+    Several turns are set apart by a blank line.
+    """
+
+    name = "plain"
+    text = "plain"  # decides the tokens besides the tokenizer, and enters the digest
+    arguments: Mapping[str, Any] = {}
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, special_text: str) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UftError(Problem("data.template=plain", "the tokenizer has no end-of-text token to learn"))
+        self.tokenizer, self.train_on, self._spelled = tokenizer, train_on, special_text == "text"
+        self.stop_ids = frozenset({int(tokenizer.eos_token_id)})
+        bos = tokenizer.bos_token_id
+        self._first = [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
+
+    def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
+        texts: list[str] = []  # of each conversation the prompt's, then one per turn that follows
+        for (prompt, turns), name in zip(conversations, names, strict=True):
+            fields = [field for turn in (*prompt, *turns) if turn.extra for field in json.loads(turn.extra)]
+            if fields:
+                why, advice = f"has {fields[0]}, which only a chat template can render", ("set another data.template",)
+                raise UftError(Problem(f"row {name}", why, where="data.template=plain", advice=advice))
+            texts.append("\n\n".join(turn.content for turn in prompt))
+            for turn in turns:
+                own = turn.content if self._spelled else without_end(turn.content, [str(self.tokenizer.eos_token)])
+                texts.append(own if turn.role == "assistant" else f"\n\n{turn.content}\n\n")
+        options = {"add_special_tokens": False, "split_special_tokens": self._spelled, "verbose": False}
+        pieces = iter(self.tokenizer(texts, **options)["input_ids"] if texts else [])
+        encoded = []
+        for _, turns in conversations:
+            ids = list(next(pieces))
+            ids = ids if ids[: len(self._first)] == self._first else self._first + ids
+            supervised = [False] * len(ids)
+            learned = learned_turns(turns, 0, self.train_on)
+            for number, turn in enumerate(turns):
+                piece = next(pieces)
+                piece = [*piece, *self.stop_ids] if turn.role == "assistant" else piece
+                ids += piece
+                supervised += [number in learned] * len(piece)
+            encoded.append(finish(np.asarray(ids, np.int32), np.asarray(supervised, bool)))
+        return encoded
+
+    def encode_prompts(self, prompts: Sequence[Turns], names: Sequence[str]) -> list[Tokens]:
+        return self.encode_many([(prompt, ()) for prompt in prompts], names)
 
 
 # --- Chat templates.
@@ -462,17 +490,15 @@ class ChatTemplate:
         """Turns that the template leaves out, or whose text it changes, white space aside."""
         moved = misplaced(turns, self._skeleton(turns)[1::2]) if contents is not None else {}
         for number, turn in enumerate(turns):
-            change, content = "", turn.content.strip() + END
+            change, marked = "", turn.content.strip() + END
             if contents is not None:
                 change = moved.get(number, "" if number in contents.places or not turn.content else "leaves out")
-            elif (
-                content != END and (text := self._text_with(turns, number, replace(turn, content=content))) is not None
-            ):
+            elif marked != END and (text := self._text_with(turns, number, replace(turn, content=marked))) is not None:
                 if END not in text:
                     change = "leaves out"
-                elif "".join(content.split()) not in "".join(text.split()):
+                elif "".join(marked.split()) not in "".join(text.split()):
                     change = "changes the text of"
-                elif content not in text:
+                elif marked not in text:
                     change = _SPACED
             if change:  # of white space no more than is told
                 lost = number in moved or (number in wanted and change != _SPACED)
@@ -565,20 +591,3 @@ class ChatTemplate:
             if str(self.tokenizer.decode([token])).strip():
                 break
         return frozenset()
-
-
-def fill(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, dict[int, CharSpan]]:
-    """A skeleton's text with `contents` in it, and the characters of each."""
-    filled = [contents[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)]
-    ends = list(accumulate(map(len, filled)))
-    places = zip(map(int, pieces[1::2]), zip(ends[::2], ends[1::2], strict=False), strict=True)
-    return "".join(filled), dict(places)
-
-
-def token_span(offsets: Sequence[CharSpan], span: CharSpan) -> tuple[int, int]:
-    """[first, last) of the tokens that hold a character of `span`.
-
-    A token that stands for trimmed white space, and so for no character, lies at the end of that space.
-    """
-    start, end = span
-    return bisect_right(offsets, start, key=itemgetter(1)), bisect_left(offsets, end, key=itemgetter(0))

@@ -81,11 +81,11 @@ def to_records(row: Row) -> list[dict[str, Any]]:
 
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:
     """The columns from which :func:`uft.data.formats.with_annotations` reads the same numbers."""
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, rule in ANNOTATION_RULES.items():
         values = [completion.annotations.get(name) for completion in completions]
         if any(value is not None for value in values):
             alone = len(values) == 1 or (rule.shared and is_pair(completions))
-            found[name] = values[0] if alone else values
+            given[name] = values[0] if alone else values
     ratings = zip(SIDES, completions, strict=False) if is_pair(completions) else ()
-    return found | {side: c.annotations[SCORE] for side, c in ratings if SCORE in c.annotations}
+    return given | {side: c.annotations[SCORE] for side, c in ratings if SCORE in c.annotations}

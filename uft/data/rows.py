@@ -295,13 +295,6 @@ FLAT = "flat_log_probs"
 """Log-probs of negatives at temperature 1 and without filters, which is not how they were sampled."""
 
 
-def _flat(sampling: Any) -> bool:
-    """Whether `uft generate` wrote log-probs at temperature 1 beside these settings, as its earlier versions did."""
-    if not isinstance(sampling, dict) or "temperature" not in sampling or "log_probs" in sampling:
-        return False
-    return (sampling["temperature"], sampling.get("top_k") or 0, sampling.get("top_p") or 1) != (1, 0, 1)
-
-
 def _has_stray_result(turns: Turns) -> bool:
     """Whether the result of a tool names a call that no turn before it makes."""
     made = ""
@@ -319,28 +312,31 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
     `sampling`: the settings that `uft generate` wrote beside the row's negatives.
     """
     said = (*row.prompt, *(turn for one in row.completions for turn in one.turns))
-    found = ["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else []
+    odd = ["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else []
     if _HEADER.search(row.prompt[-1].content):
-        found.append("rendered_prompts")
-    found += ["null_fields"] if any(": null" in turn.extra for turn in said) else []
-    found += ["text_arguments"] if any('"arguments": "' in turn.extra for turn in said) else []
-    found += ["void_replies"] if any(one.text.strip().lower() in _VOID for one in row.completions) else []
+        odd.append("rendered_prompts")
+    odd += ["null_fields"] if any(": null" in turn.extra for turn in said) else []
+    odd += ["text_arguments"] if any('"arguments": "' in turn.extra for turn in said) else []
+    odd += ["void_replies"] if any(one.text.strip().lower() in _VOID for one in row.completions) else []
     if not row.completions:
-        return found
+        return odd
     replies = [turn for one in row.completions for turn in one.turns if turn.role == "assistant"]
-    found += ["written_stops"] if any(_STOPS.search(turn.content) for turn in replies) else []
-    found += ["written_speakers"] if any(_SPEAKERS.search(turn.content) for turn in replies) else []
+    odd += ["written_stops"] if any(_STOPS.search(turn.content) for turn in replies) else []
+    odd += ["written_speakers"] if any(_SPEAKERS.search(turn.content) for turn in replies) else []
     twice = any('"reasoning_content"' in turn.extra and "<think>" in turn.content for turn in replies)
-    found += ["repeated_reasoning"] if twice else []
-    found += ["stray_results"] if any(_has_stray_result((*row.prompt, *one.turns)) for one in row.completions) else []
+    odd += ["repeated_reasoning"] if twice else []
+    odd += ["stray_results"] if any(_has_stray_result((*row.prompt, *one.turns)) for one in row.completions) else []
     first, last = row.completions[0], row.completions[-1]
-    found += [FLAT] if last.log_prob is not None and _flat(sampling) else []
+    # without the word log_probs earlier versions wrote them, at temperature 1
+    known = sampling if isinstance(sampling, dict) and "log_probs" not in sampling else {}
+    filtered = (known.get("temperature"), known.get("top_k") or 0, known.get("top_p") or 1) != (1, 0, 1)
+    odd += [FLAT] if last.log_prob is not None and "temperature" in known and filtered else []
     if first.preferred is not None:
         scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
         said_by = ([(turn.content.strip(), turn.extra) for turn in side.turns] for side in (first, last))
-        found += ["equal_pairs"] if next(said_by) == next(said_by) else []
-        found += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
+        odd += ["equal_pairs"] if next(said_by) == next(said_by) else []
+        odd += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
     question = row.prompt[-1].content.strip()
     if len(question) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(question) for c in row.completions):
-        found.append("repeated_prompts")
-    return found
+        odd.append("repeated_prompts")
+    return odd

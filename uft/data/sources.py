@@ -111,29 +111,29 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             footer="Add one:  uft train data=files +data.sources.mine.path=x.jsonl",
         )
     loaded = [_load(name, source, settings) for name, source in sorted(settings.sources.items())]
-    problems = [problem for found in loaded for problem in found.omitted.refused]
-    bad = list({row[:2]: row for found in loaded for row in found.omitted.bad}.values())  # of a file read twice, once
+    problems = [problem for one in loaded for problem in one.omitted.refused]
+    bad = list({row[:2]: row for one in loaded for row in one.omitted.bad}.values())  # of a file read twice, once
     strict = settings.bad_rows == "error"
     if strict:
         problems += [Problem(row.where, row.why, advice=tuple(row.advice)) for row in bad[:SPELLED_OUT]]
         if len(bad) > SPELLED_OUT:
             problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
-    for found in loaded:
-        name, unusable = found.name, found.omitted.bad
-        if found.omitted.refused:
+    for one in loaded:
+        name, unusable = one.name, one.omitted.bad
+        if one.omitted.refused:
             continue
-        if not found.rows and found.held_out and not found.apart:
+        if not one.rows and one.held_out and not one.apart:
             own = settings.sources[name].holdout
             amount = settings.holdout if own is None else own
             key, why = f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"
             line = f"evaluate on no row of it:  data.sources.{name}.holdout=0"
             problems.append(Problem(key, why, advice=(line,)))
-        elif not found.rows and not (strict and unusable):
+        elif not one.rows and not (strict and unusable):
             why = f"no row could be used: {unusable[0].why}" if unusable else "there are no rows in it"
             advice = tuple(unusable[0].advice) if unusable else ()
-            problems.append(Problem(f"data.sources.{name}.path={found.path}", why, advice=advice))
+            problems.append(Problem(f"data.sources.{name}.path={one.path}", why, advice=advice))
     if problems:
-        good = bad and strict and any(found.rows or found.held_out for found in loaded)  # else it would leave none
+        good = bad and strict and any(one.rows or one.held_out for one in loaded)  # else it would leave none
         raise UftError(*problems, footer="Train on the good rows alone:  data.bad_rows=drop" if good else "")
     return loaded
 
@@ -195,7 +195,11 @@ def _parse(
     files = [table.file for table in tables if table.file is not None]
     key = None
     if is_valid and files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
-        key = _cache_key(source, limit, files)
+        digests = [[str(file), file_digest(file)] for file in files]  # of their content
+        scores = source.score_range and list(source.score_range)
+        settings = [dict(source.columns), source.kind, scores, limit, source.facts]
+        parts = json.dumps([uft.__version__, CODE_VERSION, settings, digests], sort_keys=True)
+        key = hashlib.sha256(parts.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         try:
             table, notes = open_table(folder / key, row_schema())
             bad = [BadRow(*row) for row in notes["bad"]]
@@ -215,18 +219,14 @@ def _parse(
             if error.code != BAD_REQUEST:  # about the disk that rows are kept on
                 raise
             omitted.refused += error.problems
-        if len(tables) > 1:
-            omitted.refused[told:] = [_in_file(records.name, problem) for problem in omitted.refused[told:]]
+        for number, problem in enumerate(omitted.refused[told:] if len(tables) > 1 else (), told):
+            typed = any("data.sources." in line for line in problem.advice)
+            every = ("these lines are for all files of the folder: one of another layout needs a place of its own",)
+            more = every if typed else ()
+            omitted.refused[number] = replace(problem, where=records.name, advice=(*problem.advice, *more))
     if omitted.refused:
         return (), omitted
     return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted
-
-
-def _in_file(name: str, problem: Problem) -> Problem:
-    """A problem of one of several files, whose lines of advice are for all of them."""
-    typed = any("data.sources." in line for line in problem.advice)
-    more = ["these lines are for all files of the folder: one of another layout needs a place of its own"] * typed
-    return replace(problem, where=name, advice=(*problem.advice, *more))
 
 
 def _parse_table(
@@ -270,14 +270,6 @@ def _parse_table(
         feedback = (*unread_feedback(file, said), *unread_feedback(file, left))  # of columns, then also within them
         problems = (None if source.kind else next(iter(feedback), None), unread_meaning(file, left))
         omitted.refused += [one for one in problems if one is not None]
-
-
-def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
-    """Everything that the rows of these files depend on; the files themselves by their content."""
-    digests = [[str(file), file_digest(file)] for file in files]
-    settings = [dict(source.columns), source.kind, source.score_range and list(source.score_range), limit, source.facts]
-    key = json.dumps([uft.__version__, CODE_VERSION, settings, digests], sort_keys=True)
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _recognise(name: str, source: Source, table: Scan, said: Said) -> Format:
@@ -440,11 +432,9 @@ def _file(path: Path, place: Place) -> RecordTable:
         if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
             raise place.problem("changed while it was read", "wait until the program that writes it is done")
 
-    textual, small = (
-        suffix_of(path) in (".csv", ".tsv"),
-        before.st_size <= KEPT_BYTES and path.suffix == suffix_of(path),
-    )
-    return RecordTable(str(path), find, path, textual=textual, small=small)
+    suffix = suffix_of(path)
+    small = before.st_size <= KEPT_BYTES and path.suffix == suffix
+    return RecordTable(str(path), find, path, textual=suffix in (".csv", ".tsv"), small=small)
 
 
 def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
@@ -489,11 +479,8 @@ def _is_repository(path: Path) -> bool:
     if not card.is_file():
         return False
     named = re.match(rb"---\s*\n(?:(?!---).*\n)*?configs:", card.read_bytes())
-    return bool(named) or any(p.is_file() and reader_of(p) for folder in path.iterdir() for p in _visible(folder))
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    return folder.iterdir() if folder.is_dir() and not folder.name.startswith(".") else iter(())
+    folders = (folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    return bool(named) or any(p.is_file() and reader_of(p) for folder in folders for p in folder.iterdir())
 
 
 def _saved_dataset(path: Path, place: Place) -> RecordTable:

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
 import signal
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
-from itertools import groupby, repeat
+from itertools import accumulate, groupby, repeat
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +27,6 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
 from uft.data.messages import texts_of
-from uft.data.plain import without_end
 from uft.data.rows import Message, Note, Turns
 from uft.errors import Problem, UftError, did_you_mean
 
@@ -132,10 +134,29 @@ def rival_templates(folder: Path) -> str:
     return ""
 
 
-def unknown_marks(form: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens that a form writes and a tokenizer lacks: they would be learned letter by letter."""
-    vocabulary = tokenizer.get_vocab() if form in FORMS else {}
-    return [mark for mark in FORMS.get(form, "").split() if mark not in vocabulary]
+def read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a value of `data.template`. Raises UftError where it cannot be had, or writes marks of turns that the
+    tokenizer lacks: they would be learned letter by letter."""
+    vocabulary = tokenizer.get_vocab() if path in FORMS else {}
+    if missing := [mark for mark in FORMS.get(path, "").split() if mark not in vocabulary]:
+        why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
+        raise UftError(Problem(f"data.template={path}", why))
+    if path == "auto":
+        try:
+            return str(tokenizer.get_chat_template())
+        except ValueError:
+            names = ", ".join(sorted(map(str, tokenizer.chat_template)))  # a dictionary
+            why = f"the tokenizer has templates of the names {names}, and no default"
+            advice = ("write the one to be used into a file:  data.template=FILE.jinja",)
+            raise UftError(Problem("data.template=auto", why, advice=advice)) from None
+    file = template_file(path)
+    if not os.path.isfile(file):
+        advice = (f"choices: {', '.join(NAMES)}, or a Jinja file",)
+        raise UftError(Problem(f"data.template={path}", "no such file", advice=advice))
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
 
 
 def forms_for(template: str, variables: Mapping[str, Any]) -> list[str]:
@@ -211,9 +232,8 @@ def as_generated(
     """
     text, places = "", dict[int, CharSpan]()
     for number in (place for place in range(first, len(turns)) if turns[place].role == "assistant"):
-        before = (
-            _between(template, turns, max(places), number, ends) if places else template.write(turns[:number], True)
-        )
+        prompt = turns[:number]
+        before = _between(template, prompt, max(places), ends) if places else template.write(prompt, True)
         reply = _last_reply(template, turns[: number + 1], stops)
         if before is None or reply is None:
             return number
@@ -233,16 +253,24 @@ def _last_reply(template: Template, turns: Turns, stops: Sequence[str]) -> str |
     return None
 
 
-def _between(template: Template, turns: Turns, last: int, number: int, ends: Sequence[str]) -> str | None:
-    """What generation of turn `number` starts from, after the end of the reply `last`."""
-    start, following = template.write(turns[:number], True), turns[last + 1]
+def _between(template: Template, prompt: Turns, last: int, ends: Sequence[str]) -> str | None:
+    """What generation of a reply starts from, after the end of the reply `last` in its prompt."""
+    start, following = template.write(prompt, True), prompt[last + 1]
     for content in (following.content, following.content.strip()):
-        marked = (*turns[: last + 1], replace(following, content=END + content), *turns[last + 2 : number])
+        marked = (*prompt[: last + 1], replace(following, content=END + content), *prompt[last + 2 :])
         before, mark, after = template.write(marked, True).partition(END)
         places = [place + len(end) for end in ends if (place := before.rfind(end)) >= 0]
         if mark and before + after == start and places:
             return start[max(places) :]
     return None
+
+
+def fill(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, dict[int, CharSpan]]:
+    """A skeleton's text with `contents` in it, and the characters of each."""
+    filled = [contents[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)]
+    ends = list(accumulate(map(len, filled)))
+    places = zip(map(int, pieces[1::2]), zip(ends[::2], ends[1::2], strict=False), strict=True)
+    return "".join(filled), dict(places)
 
 
 def check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
@@ -340,6 +368,22 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     offsets: list[CharSpan]
+
+
+def without_end(content: str, ends: Sequence[str]) -> str:
+    """A reply without the token that ends it, and the white space after that, where it spells one of `ends`."""
+    stripped = content.rstrip()
+    end = next(filter(stripped.endswith, ends), "")
+    return stripped.removesuffix(end) if end else content
+
+
+def token_span(offsets: Sequence[CharSpan], span: CharSpan) -> tuple[int, int]:
+    """[first, last) of the tokens that hold a character of `span`.
+
+    A token that stands for trimmed white space, and so for no character, lies at the end of that space.
+    """
+    start, end = span
+    return bisect_right(offsets, start, key=itemgetter(1)), bisect_left(offsets, end, key=itemgetter(0))
 
 
 class LiteralSpecials:

@@ -302,29 +302,25 @@ def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | 
     if renderer.train_on != "marked" and not all(learned_turns(c.turns, 0, renderer.train_on) for c in row.completions):
         unlearned = "every assistant turn of a completion is marked as not to be learned"
         return Problem(f"row {row.id}", unlearned, advice=("give one a weight of 1, or leave the row out",))
-    if why := _mask_fault(tokens, renderer) if row.completions else None:
-        return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
+    bos = renderer.tokenizer.bos_token_id
+    for one in tokens if row.completions else ():
+        why = ""  # the template is a likely cause
+        if not one.supervised[1:].any():
+            why = "no token is supervised"
+        elif one.supervised.all():
+            why = "every token is supervised, the prompt's too"
+        elif int(one.ids[-1]) not in renderer.stop_ids:
+            why = "the stop token is not supervised, so the model would never learn to stop"
+        elif bos is not None and one.ids[0] == one.ids[1] == bos:
+            why = "the text begins with two beginning-of-text tokens"
+        if why:
+            return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
     lost = next((note for one in tokens for note in one.notes if note.lost), None)
     if lost is None or renderer.lost_text == "keep":
         return None
     why = f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it"
     advice = (*advice_about(renderer), "use another data.template, or learn what it writes:  data.lost_text=keep")
     return Problem(f"row {row.id}", why, "data.template", advice)
-
-
-def _mask_fault(row: Sequence[Tokens], renderer: Renderer) -> str | None:
-    """What makes no sense about the supervised tokens of a row; the template is a likely cause."""
-    bos = renderer.tokenizer.bos_token_id
-    for one in row:
-        if not one.supervised[1:].any():
-            return "no token is supervised"
-        if one.supervised.all():
-            return "every token is supervised, the prompt's too"
-        if int(one.ids[-1]) not in renderer.stop_ids:
-            return "the stop token is not supervised, so the model would never learn to stop"
-        if bos is not None and one.ids[0] == one.ids[1] == bos:
-            return "the text begins with two beginning-of-text tokens"
-    return None
 
 
 # --- The length policy.

@@ -30,62 +30,61 @@ from uft.data.messages import (
 from uft.data.rows import Kind, Row
 from uft.errors import Problem, typed
 
-COMPLETION_KEYS = frozenset({"response", "overall_score"})
+
+def _set(*words: str) -> frozenset[str]:
+    return frozenset(" ".join(words).split())
+
+
+COMPLETION_KEYS = _set("response overall_score")
 """All that is read of an item of UltraFeedback's completions."""
-_GRADE_NAMES = (
+FEEDBACK = _set(
     "label labels score scores rating ratings reward rewards feedback grade preference quality helpful helpfulness",
     "overall_score human_score reward_score quality_score user_feedback correct is_correct is_good accepted winner",
     "vote votes upvotes downvotes likes dislikes thumbs thumbs_up thumbs_down safe helpfulness correctness coherence",
 )
-FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
 """Columns that say how good a completion is, by their usual names."""
-_IF_GRADE = (
+_FAULTS = _set(
+    "bad rejected incorrect wrong toxic toxicity harmful unsafe hallucination hallucinated dislike flagged downvoted",
+    "error edited needs_edit rank ranking negative disliked downvote downs harmfulness hate spam discard drop remove",
+    "nsfw refusal refused hallucinates bug bugs buggy severity flag",
+)
+_FAULT_WORDS = _FAULTS | _set("down downvotes dislikes not no")
+_IF_GRADES = _FAULTS | _set(
     "good chosen preferred accept acceptable acceptability approve approved verdict pass passed pass_rate success",
     "successful solved valid verified right harmless safety stars judge judgment judgement win won like thumb",
     "reaction sentiment evaluation eval eval_result accuracy utility advantage return returns value outcome",
     "result annotation upvoted ok okay best selected keep kept use usable useful usefulness include included",
     "positive polarity points karma ups upvote exact_match acc solve pass_at_1 resolved likert rm nps",
 )
-_FAULT = (
-    "bad rejected incorrect wrong toxic toxicity harmful unsafe hallucination hallucinated dislike flagged downvoted",
-    "error edited needs_edit rank ranking negative disliked downvote downs harmfulness hate spam discard drop remove",
-    "nsfw refusal refused hallucinates bug bugs buggy severity flag",
-)
-_FAULTS = frozenset(" ".join(_FAULT).split())
-_FAULT_WORDS = _FAULTS | frozenset(["down", "downvotes", "dislikes", "not", "no"])
-_IF_GRADES = frozenset(" ".join(_IF_GRADE).split()) | _FAULTS
 """Further names, of columns that hold nothing but truth values, numbers or words for good and bad; of a fault: those
 that are true of a bad completion."""
-_WHOSE = "is was has kto human user annotator rater expert response answer completion reply output assistant model llm"
-_OF_WHOM = frozenset({*_WHOSE.split(), "final", "overall"})
+_IS = _set("is was has")
+_OF_WHOM = _IS | _set(
+    "kto human user annotator rater expert response answer completion reply output assistant model llm final overall"
+)
 """First words of a grade's name that say whose or of what it is."""
-_BEFORE = _OF_WHOM | {"n", "num", "number", "total", "mean", "avg"}
-_BEHIND = frozenset(["label", "flag", "value", "count"])
-_IS = frozenset(["is", "was", "has"])
+_BEFORE = _OF_WHOM | _set("n num number total mean avg")
+_BEHIND = _set("label flag value count")
 """First and last words that a grade's name may have around it, where nothing but grades stands in the column."""
 _GRADE_ENDS = re.compile("(?:score|rating|reward|vote)s?|feedback|grade|helpful|correct")
-_OTHERS = (
+_OF_OTHERS = _set(
     "language lang lid langid fasttext similarity embedding retrieval rerank bm25 dedup overlap url domain source",
     "document question prompt instruction query input difficulty complexity perplexity category topic intent cluster",
 )
-_OF_OTHERS = frozenset(" ".join(_OTHERS).split())
 """First words of a score or rating that is no grade of the completion: language_score, prompt_rating."""
 _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
-_CHOICE = "preference preferences preferred winner better safer choice flipped swapped tie"
-CHOICES = frozenset(["label", "labels", *_CHOICE.split()])
-"""Words of columns that say which of two completions is the better one."""
-_MARGINS = frozenset(["margin", "gap", "delta", "difference", "diff"])
-_CLEAR_WORDS = "score scores rating ratings grade quality rank stars star passed failed correct reward"
-_CLEAR = frozenset(_CLEAR_WORDS.split())
+_CHOICES = _set("preference preferences preferred winner better safer choice flipped swapped tie")
+CHOICES = _CHOICES | _set("label labels")
+"""Words of columns that say which of two completions is the better one; these two are by themselves."""
+_MARGINS = _set("margin gap delta difference diff")
+_CLEAR = _set("score scores rating ratings grade quality rank stars star passed failed correct reward")
 """Words that make a grade of a column of nothing but grades wherever they stand in its name: rating_1_to_5."""
-_RECORD_WORDS = "id ids idx index model version type name date time at by hash key split count class"
-_RECORDS = frozenset(_RECORD_WORDS.split())
+_RECORDS = _set("id ids idx index model version type name date time at by hash key split count class")
 """Words of bookkeeping, which make none: rating_id."""
-_VERDICTS = (
+VERDICTS = _set(
     "good bad desirable undesirable chosen rejected accepted correct incorrect like dislike upvote downvote thumbs_up",
     "thumbs_down 👍 👎 ✅ ❌ pass fail passed failed accept reject approved disapproved preferred dispreferred",
 )
-VERDICTS = frozenset(" ".join(_VERDICTS).split())
 """Words for good and bad that make a column a grade whatever its name is."""
 _LONGEST_VERDICT = 24  # characters; every text of every record is asked
 CONTEXT = ("input", "context")
@@ -108,7 +107,7 @@ _PARTS = {  # the field that reads a part of a conversation, "" for none: names 
     "": "(?:tool|function)_calls?|chat_template_kwargs|"
     f"(?:.*_)?(?:{_MEDIA})(?:_(?:urls?|paths?|files?|bytes|data|base64))?",
 }
-_ADDRESSED = frozenset(["channel", "recipient", "analysis", "reflection"])
+_ADDRESSED = _set("channel recipient analysis reflection")
 """Fields of messages that say that a turn is a thought or a call, or hold one."""
 _REPLIES = re.compile(
     "(?:model_|assistant_|bot_)?(?:responses?|completions?|outputs?|reply|replies|generations?)(?:_?[a-z0-9])?"
@@ -129,7 +128,7 @@ _SIDES = {
     "chosen": "chosen preferred positive better best good corrected correction improved revised edited",
     "rejected": "rejected dispreferred loser losing worse worst negative bad incorrect distractor",
 }
-_SIDE_WORDS = "message response answer completion conversation output reply text".split()  # noqa: SIM905
+_SIDE_WORDS = _set("message response answer completion conversation output reply text")
 _SIDE_TEXTS = {"hard", *_SIDE_WORDS, *(f"{word}s" for word in _SIDE_WORDS)}
 _SIDE = {word: ours for ours, words in _SIDES.items() for word in words.split()}
 """Words for a side of a pair."""
@@ -144,10 +143,13 @@ class Said:
     words: Counter[str] = field(default_factory=Counter)  # a word for good or bad
 
     def add(self, name: str, value: Any, cell: bool = True) -> None:
-        """Count a row; `cell`: a text may be a number."""
+        """Count a row. A grade is a truth value, a number (as text too in a `cell`), or a word for good or bad."""
+        word, is_text = label_value(value), isinstance(value, str)
+        is_grade = word in LABELS or (isinstance(word, (bool, int, float)) and (cell or not is_text))
         self.rows[name] += not is_blank(value)
-        self.texts[name] += says_more(value, cell)
-        self.words.update([name] if is_verdict(value) else ())
+        self.texts[name] += not (is_blank(value) or is_grade)
+        if is_text and len(value) < _LONGEST_VERDICT and word in VERDICTS:
+            self.words[name] += 1
 
     def renamed(self, columns: Mapping[str, str], kind: str | None) -> Said:
         """The same under our names of fields, see :func:`uft.data.formats.rename`."""
@@ -187,18 +189,6 @@ class Unread(Said):
                 self.contrary[name, ours] += fields[name] != fields[ours]
         if form.kind is Kind.BINARY and is_number(value := label_value(fields["label"])):
             self.labels.add(float(value))
-
-
-def says_more(value: Any, cell: bool) -> bool:
-    """Whether a value is more than a truth value, a number (as text too in a `cell`), or a word for good or bad."""
-    word = label_value(value)
-    number = isinstance(word, (bool, int, float)) and (cell or not isinstance(value, str))
-    return not (is_blank(value) or number or word in LABELS)
-
-
-def is_verdict(value: Any) -> bool:
-    """Whether a value is one of the words that grade an answer as good or bad (`VERDICTS`)."""
-    return isinstance(value, str) and len(value) < _LONGEST_VERDICT and label_value(value) in VERDICTS
 
 
 def _is_against(name: str, value: Any, fields: Record) -> bool:
@@ -331,7 +321,7 @@ def unread_feedback(file: FileFormat, said: Said) -> Iterator[Problem]:
         pair = " ".join(map(file.read, ("chosen", "rejected") if len(replies) == 2 else ("completion",), replies))
         why = f"may hold replies, but the format {form.name} has none"
         yield file.problem(replies, said.rows, why, f"read them:  {pair}", leave)
-    chosen = [name for name in told if name in CHOICES or not {*_CHOICE.split()}.isdisjoint(_words(name))]
+    chosen = [name for name in told if name in CHOICES or not _CHOICES.isdisjoint(_words(name))]
     if form.kind is Kind.PREFERENCE and chosen:
         why = f"may say which side is better, but the format {form.name} takes chosen for it"
         yield file.problem(chosen, said.rows, why, "make chosen the better side of every pair, or", leave)
