@@ -140,12 +140,12 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        def change_in(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: change(tensor) for name, tensor in value.items()}
-            return change(value) if isinstance(value, Tensor) else value
-
-        return replace(self, **{f.name: change_in(getattr(self, f.name)) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: change(one) for name, one in values.items() if isinstance(one, Tensor)}
+        for name, group in values.items():
+            if isinstance(group, dict):
+                tensors[name] = {key: change(one) for key, one in group.items()}
+        return replace(self, **tensors)
 
 
 # --- Examples: rows as an objective uses them, in micro-batches under a budget of tokens.

@@ -76,17 +76,8 @@ def tokenize(
     Raises :class:`UftError` for rows that are too long under error, whose supervised tokens make no sense, or whose
     supervised text the template changes. Other differences that it makes are logged with their counts.
     """
-    source = _tokenize(name, rows, renderer, max_length, too_long, cache_dir)
-    for what, count, first in source.report.notes:
-        times = "once, in" if count == 1 else f"{count:,} times, first in"
-        log.warning("data.sources.%s: %s %s: %s row %s", name, renderer.name, what, times, first)
-    return source
-
-
-def _tokenize(
-    name: str, rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str, cache_dir: Path | None
-) -> TokenizedSource:
     folder, state = None, "off"
+    report: LengthReport | None = None
     if cache_dir is not None:
         policies = f"{too_long} {renderer.lost_text}"
         parts = (content_digest(rows), renderer.digest, str(max_length), policies, str(CODE_VERSION))
@@ -95,26 +86,29 @@ def _tokenize(
             with activity("tokens were read", moving=True):
                 table, notes = open_table(folder, SCHEMA)
             pairs = {key: tuple(map(tuple, notes["report"][key])) for key in ("lengths", "notes")}
-            report = LengthReport(**{**notes["report"], **pairs})
-            encoded = EncodedRows(table)
-            return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, "hit")
+            report, state = LengthReport(**{**notes["report"], **pairs}), "hit"
         except FileNotFoundError:
             pass
         except Corrupt as error:
             log.warning("token cache %s is corrupt (%s): tokenising again", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
             state = "rebuilt"
-    with TableWriter(folder, SCHEMA) as writer:
-        report = _encode(name, rows, renderer, max_length, too_long, writer)
-        published: TableFile | None = None
-        if folder is not None:
-            try:
-                with activity("tokens were written", moving=True):
-                    published = writer.publish({"report": asdict(report)})
-            except OSError as error:
-                log.warning("tokens are not kept for the next run: %s", error)
-                state = "off"
-        encoded = EncodedRows(published or writer.unpublished(in_memory=True))
+    if report is None:
+        with TableWriter(folder, SCHEMA) as writer:
+            report = _encode(name, rows, renderer, max_length, too_long, writer)
+            published: TableFile | None = None
+            if folder is not None:
+                try:
+                    with activity("tokens were written", moving=True):
+                        published = writer.publish({"report": asdict(report)})
+                except OSError as error:
+                    log.warning("tokens are not kept for the next run: %s", error)
+                    state = "off"
+            table = published or writer.unpublished(in_memory=True)
+    for what, count, first in report.notes:
+        times = "once, in" if count == 1 else f"{count:,} times, first in"
+        log.warning("data.sources.%s: %s %s: %s row %s", name, renderer.name, what, times, first)
+    encoded = EncodedRows(table)
     return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, state)
 
 
