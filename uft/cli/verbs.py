@@ -88,23 +88,11 @@ def train(arguments: list[str]) -> int:
     return run_verb("train", arguments, train_run)
 
 
-def check(arguments: list[str]) -> int:
-    return run_verb("check", arguments)
-
-
-def data(arguments: list[str]) -> int:
-    return run_verb("data", arguments)
-
-
 def annotate(arguments: list[str]) -> int:
     """The column, if there is one, is the first word; to Hydra it is one of our keys."""
     named = first_word(arguments)
     words = [f"annotate.column={named}", *arguments[1:]] if named and not names_rows(named) else arguments
     return run_verb("annotate", words)
-
-
-def select(arguments: list[str]) -> int:
-    return run_verb("select", arguments)
 
 
 def generate(arguments: list[str]) -> int:
