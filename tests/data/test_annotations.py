@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 
 from uft.config.schema import data_settings
-from uft.data.formats import FIELDS, recognise, rename
+from uft.data.formats import ANNOTATION_RULES, FIELDS, recognise, rename
 from uft.data.messages import Unreadable
-from uft.data.records import ANNOTATION_RULES
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest
 from uft.data.sources import load_sources
 from uft.errors import UftError

@@ -28,12 +28,12 @@ def test_a_conversation_is_split_before_the_first_reply():
 
 
 def test_a_system_column_goes_in_front_unless_there_is_one():
-    assert [t.role for t in messages.with_system(messages.read_prompt("q"), "be brief")] == ["system", "user"]
-    own = messages.read_prompt([SYSTEM, USER])
-    assert messages.with_system(own, " s\n") == own
+    brief, own = {"system": "be brief"}, messages.read_prompt([SYSTEM, USER])
+    assert [t.role for t in messages.with_context(messages.read_prompt("q"), brief)] == ["system", "user"]
+    assert messages.with_context(own, {"system": " s\n"}) == own
     with pytest.raises(Unreadable, match="system differs"):
-        messages.with_system(own, "be brief")
-    assert messages.with_system(own, None) == own
+        messages.with_context(own, brief)
+    assert messages.with_context(own, {"system": None}) == own
 
 
 def test_a_pair_shares_its_longest_common_start():

@@ -56,7 +56,8 @@ MODULES = {
     **dict.fromkeys(("export", "resume", "compare", "sync", "ls"), "uft.cli.manage"),
     **dict.fromkeys(("docs", "doctor", "advise", "lake"), "uft.cli.tools"),
 }
-"""Verb -> the module whose function of that name takes its arguments to the exit code; the others: uft.cli.verbs."""
+"""Verb -> the module whose function of that name takes its arguments to the exit code; the others: uft.cli.verbs, and
+its `run_verb` where that has no such function."""
 
 USAGE = """\
 uft: unified fine-tuning of language models, any objective on the same rows
@@ -154,7 +155,9 @@ def dispatch(arguments: list[str]) -> int:
         if first in STARTING and sys.stdout.isatty() and not ANSWERED_AT_ONCE.intersection(arguments):
             print(f"uft {first}: starting", flush=True)  # imports take seconds on a busy machine
         module = import_module(MODULES.get(first, "uft.cli.verbs"))
-        return int(getattr(module, first)(arguments[1:]))
+        if work := getattr(module, first, None):
+            return int(work(arguments[1:]))
+        return int(module.run_verb(first, arguments[1:]))  # the job of that name
     else:
         from difflib import get_close_matches
 

@@ -141,27 +141,24 @@ PAGES = {
 
 def help_text(verb: str, config_dir: str | None = None, asked: Collection[str] = ()) -> str:
     """The page of a verb, or a line on every choice of the groups `asked` for; `config_dir` adds its choices."""
-    page, found = PAGES[verb], groups(config_dirs(config_dir))
-    if unknown := [group for group in asked if group not in found]:
-        meant = nearest(unknown[0], found)
-        advice = hint(meant and f"uft {verb} --help {meant}", "groups", [group for group in FIRST if group in found])
+    page, offered = PAGES[verb], groups(config_dirs(config_dir))
+    if unknown := [group for group in asked if group not in offered]:
+        meant = nearest(unknown[0], offered)
+        advice = hint(meant and f"uft {verb} --help {meant}", "groups", [group for group in FIRST if group in offered])
         raise UftError(Problem(unknown[0], "no such group", "command line", (advice,)))
     if asked:
-        return folded("\n".join(line for group in asked for line in listed_choices(group, found[group])))
+        return folded("\n".join(line for group in asked for line in listed_choices(group, offered[group])))
     usage = f"usage: uft {verb} {page.words}[options] [key=value ...]"
     lines = [f"uft {verb}: {VERBS[verb]}", "", usage, "", page.examples, ""]
-    lines += [
-        "Common settings  (all of them:  uft config)",
-        *columns({key: describe(key) for key in page.keys.split()}),
-    ]
-    lines += ["", page.note + HYDRA]
-    listed = page.groups or (*FIRST, *(group for group in found if group not in FIRST))
-    for group in (group for group in listed if group in found):
-        if len(found[group]) > MOST_LINES:
-            names = ", ".join(found[group])
+    common = columns({key: describe(key) for key in page.keys.split()})
+    lines += ["Common settings  (all of them:  uft config)", *common, "", page.note + HYDRA]
+    listed = page.groups or (*FIRST, *(group for group in offered if group not in FIRST))
+    for group in (group for group in listed if group in offered):
+        if len(offered[group]) > MOST_LINES:
+            names = ", ".join(offered[group])
             lines += ["", f"{group}=   (a line on each:  uft {verb} --help {group})", f"  {names}"]
         else:
-            lines += ["", *listed_choices(group, found[group])]
+            lines += ["", *listed_choices(group, offered[group])]
     return folded("\n".join(lines))
 
 

@@ -300,9 +300,8 @@ def export(arguments: list[str]) -> int:
     add("run", metavar="RUN", help="a run: its folder, its name, or last; RUN@best and RUN@STEP are checkpoints")
     add("--to", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--checkpoint", metavar="best|STEP", help="as RUN@best, RUN@STEP; the final model, else the newest checkpoint")
-    add(
-        "--dtype", choices=("float32", "bfloat16", "model"), default="float32", help="precision of the weights; float32"
-    )
+    precisions = ("float32", "bfloat16", "model")
+    add("--dtype", choices=precisions, default="float32", help="precision of the weights; float32")
     add("--adapter", action="store_true", help="the LoRA adapter alone")
     add("--gguf", action="store_true", help="also a GGUF file, for llama.cpp")
     add("--ollama", action="store_true", help="also a GGUF file and a Modelfile, for Ollama")
@@ -419,11 +418,8 @@ def compare(arguments: list[str]) -> int:
     add("--out", type=Path, metavar="DIR", help="where the files go; the sweep's folder")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--json", action="store_true", help="print compare.json instead of the table")
-    for form, what in (
-        ("csv", "a line per configuration and metric"),
-        ("markdown", "for a page"),
-        ("latex", "booktabs"),
-    ):
+    forms = {"csv": "a line per configuration and metric", "markdown": "for a page", "latex": "booktabs"}
+    for form, what in forms.items():
         told = f"print means, intervals and seeds: {what}"
         instead.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=told)
     instead.add_argument("--watch", action="store_true", help="renew the table while runs go on; Ctrl-C ends it")

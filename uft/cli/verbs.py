@@ -88,23 +88,11 @@ def train(arguments: list[str]) -> int:
     return run_verb("train", arguments, train_run)
 
 
-def check(arguments: list[str]) -> int:
-    return run_verb("check", arguments)
-
-
-def data(arguments: list[str]) -> int:
-    return run_verb("data", arguments)
-
-
 def annotate(arguments: list[str]) -> int:
     """The column, if there is one, is the first word; to Hydra it is one of our keys."""
     named = first_word(arguments)
     words = [f"annotate.column={named}", *arguments[1:]] if named and not names_rows(named) else arguments
     return run_verb("annotate", words)
-
-
-def select(arguments: list[str]) -> int:
-    return run_verb("select", arguments)
 
 
 def generate(arguments: list[str]) -> int:
@@ -369,11 +357,13 @@ def run_verb(verb: str, arguments: list[str], work: Work | None = None) -> int:
     parsed = parse(arguments)
     name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir, parsed.multirun)
     request = Request(tuple(overrides), name, parsed.config_dir, parsed.config_path)
-    options = options_in(arguments, parsed.overrides)
+    others = list(reversed(arguments))  # the options alone: Hydra's own parser takes none between two overrides
+    for word in reversed(parsed.overrides):
+        others.remove(word)
     for word, later in overruled(overrides).items():
         print(tame(f"uft: {word} is overruled by {later}"), file=sys.stderr)
     try:
-        return carry_out(verb, work or partial(run_job, verb), options, parsed, request)
+        return carry_out(verb, work or partial(run_job, verb), others[::-1], parsed, request)
     except UftError as error:  # commands that are advised draw in the same files
         files = [quoted(word) for word in options_of(request)]
         error.footer = re.sub(r"\buft (config|train)\b", lambda found: " ".join([found[0], *files]), error.footer)
@@ -514,14 +504,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
         raise UftError(Problem(f"--config-dir {parsed.config_dir}", "no such folder", "command line"))
     return parsed
-
-
-def options_in(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """The options alone, to be put before the overrides: Hydra's own parser takes none between two of them."""
-    words = list(reversed(arguments))
-    for override in reversed(overrides):
-        words.remove(override)
-    return words[::-1]
 
 
 OTHER_OPTIONS = {

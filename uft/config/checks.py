@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -116,8 +116,12 @@ class Draft:
                 self.settings.append(setting)
                 if self.is_unsaid(setting) and self.get(setting.path) is None:
                     value_at(self.values, setting.path[:-1])[setting.path[-1]] = {}
-        for setting in switched_off(files):
-            self.put(setting)
+        before: dict[KeyPath, Setting] = {}
+        for setting in files:  # a file of conf/debug makes shorter what there is, and brings nothing back
+            is_debug, last = Path(setting.file).parent.name == "debug", before.get(setting.path)
+            if is_debug and last is not None and last.value == 0 and setting.value:
+                self.put(last)
+            before[setting.path] = setting
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], file: str) -> Draft:
@@ -241,20 +245,20 @@ class Draft:
     def finish(self) -> tuple[dict[str, Any], dict[str, Problem]]:
         """(the settings that `judge` returns, the problems of single keys); the rules between keys are not asked."""
         values, lost = resolved(self.values)
-        found = faults(self.schema, values)
-        unknown = {path for path, fault in found.items() if fault.type == UNKNOWN_KEY}
+        at_fault = faults(self.schema, values)
+        unknown = {path for path, fault in at_fault.items() if fault.type == UNKNOWN_KEY}
         lost = {path for path in lost if not unknown & {path[:depth] for depth in range(1, len(path) + 1)}}
-        found |= {path: Fault("lost", self.get(path)) for path in lost}
-        given = {path: self.get(path) for path in found}
-        for path in found:
+        at_fault |= {path: Fault("lost", self.get(path)) for path in lost}
+        given = {path: self.get(path) for path in at_fault}
+        for path in at_fault:
             self.put_default(path)
-        valid = adapter(self.schema).validate_python(resolved(self.values)[0] if found else values)
+        valid = adapter(self.schema).validate_python(resolved(self.values)[0] if at_fault else values)
         settings: dict[str, Any] = adapter(self.schema).dump_python(valid)
-        found = {path: Fault("missing", None) for path, value in leaves(settings) if value == MISSING} | found
+        at_fault = {path: Fault("missing", None) for path, value in leaves(settings) if value == MISSING} | at_fault
         wrong: dict[str, Problem] = {}
-        for path, fault in found.items():
+        for path, fault in at_fault.items():
             reference = REFERENCE.fullmatch(str(given.get(path)))
-            if fault.type == "lost" or not (reference and tuple(reference[1].split(".")) in found):
+            if fault.type == "lost" or not (reference and tuple(reference[1].split(".")) in at_fault):
                 wrong[".".join(path)] = self.problem_at(path, fault)
         if not settings[OBJECTIVE]:
             wrong[OBJECTIVE] = Problem(OBJECTIVE, "not chosen", advice=(f"give it:  {OBJECTIVE}=...",))
@@ -275,7 +279,7 @@ class Draft:
             meant = [f"did you mean  {'.'.join((*path[:2], other, *s.path[3:]))} ?" for s in keys for other in others]
             return Problem(setting.key, "has no value", setting.where, (f"give it:  {setting.key}=...", *meant[:3]))
         if fault.type == "lost":
-            return self._against_rule(path, None, f"refers to something that has no value: {fault.value}", ())
+            return self._against_rule(path, None, f"refers to something that has no value: {fault.value}")
         if fault.type == UNKNOWN_KEY:
             return self.unknown(setting, path)
         if len(setting.path) > len(path):
@@ -290,9 +294,9 @@ class Draft:
             return self._against_rule(path, fault.value, why, (advice, packages)[: 1 + (is_method and not near)])
         if fault.type in BOUNDS:
             value = float(fault.value) if bare(kind) is float else fault.value
-            return self._against_rule(path, value, f"must be {BOUNDS[fault.type]} {fault.bound:g}", ())
+            return self._against_rule(path, value, f"must be {BOUNDS[fault.type]} {fault.bound:g}")
         if fault.type == "finite_number":
-            return self._against_rule(path, fault.value, "must be a finite number", ())
+            return self._against_rule(path, fault.value, "must be a finite number")
         return self.wrong_type(setting, fault.value)
 
     def where(self, path: KeyPath) -> str:
@@ -302,7 +306,7 @@ class Draft:
         """Where each value was set, by dotted key; nothing for defaults."""
         return {setting.key: setting.where for setting in self.settings}
 
-    def _against_rule(self, path: KeyPath, value: Any, why: str, advice: tuple[str, ...]) -> Problem:
+    def _against_rule(self, path: KeyPath, value: Any, why: str, advice: tuple[str, ...] = ()) -> Problem:
         key = ".".join(path)
         return Problem(key if value in (None, {}) else f"{key}={written(value)}", why, self.where(path), advice)
 
@@ -346,16 +350,6 @@ class Draft:
         return list(fields_of(kind_at(path, self.schema)))
 
 
-def switched_off(files: Sequence[Setting]) -> Iterator[Setting]:
-    """Settings to 0 that a file of conf/debug would undo: it makes shorter what there is, and brings nothing back."""
-    before: dict[KeyPath, Setting] = {}
-    for setting in files:
-        is_debug = Path(setting.file).parent.name == "debug"
-        if is_debug and setting.path in before and before[setting.path].value == 0 and setting.value:
-            yield before[setting.path]
-        before[setting.path] = setting
-
-
 # --- Where a key is, and which keys there are.
 
 
@@ -393,7 +387,7 @@ def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
     try:
         adapter(kind).validate_python(values)
     except ValidationError as error:
-        found: dict[KeyPath, Fault] = {}
+        of_path: dict[KeyPath, Fault] = {}
         for one in error.errors(include_url=False):
             names = takewhile(lambda part: isinstance(part, str), one["loc"])  # a number: a place in a list
             path = tuple(map(str, names))
@@ -401,6 +395,6 @@ def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
             kind_of_error = UNKNOWN_KEY if one["type"] == "extra_forbidden" else one["type"]
             if isinstance(one["loc"][-1], str) and path != one["loc"]:  # a key of a group in a list
                 kind_of_error = "list_item"
-            found.setdefault((*place, *path), Fault(kind_of_error, value_at(values, path), bound))
-        return found
+            of_path.setdefault((*place, *path), Fault(kind_of_error, value_at(values, path), bound))
+        return of_path
     return {}

@@ -217,8 +217,8 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
         group = line.partition("=")[0]
         if group in settings:
             settings[group] = examine(Request((line,))).settings[group]
-        elif found := values_of(line):
-            files += found
+        elif values := values_of(line):
+            files += values
         else:
             advice = (f"its values can be given one by one; they are in  uft config {line}",)
             why = "is for a fresh run: it chooses other groups too"
@@ -407,7 +407,13 @@ def judge_stage(stage: Planned, own: Mapping[str, str | None], words: Words, fil
     except BROKEN as error:
         unread = [translate(error)]
     if not unread:
-        start_draft(stage, composed)
+        stage.draft = Draft({**composed.values, STAGES: {}}, [s for s in composed.settings if s.path[0] != STAGES])
+        for number, file in enumerate(composed.files, 1):
+            later = {setting.path for other in composed.files[number:] for setting in other}
+            inside = (s for s in file if s.path[:2] == (STAGES, stage.written) and s.path[2:3] in INSIDE)
+            for setting in (one for s in inside for one in keys_below(s.path, s.value, s.where, s.text)):
+                if setting.path[3:] not in later:
+                    put_stage_key(setting, stage)
     apply_words(stage.draft, words)
     for setting in stage.typed:
         put_stage_key(setting, stage)
@@ -418,43 +424,26 @@ def judge_stage(stage: Planned, own: Mapping[str, str | None], words: Words, fil
     stage.draft.problems = unread or stage.draft.problems
 
 
-def start_draft(stage: Planned, composed: Composed) -> None:
-    """Begin the draft of a stage with the files, and with the keys that they set for it alone."""
-    stage.draft = Draft({**composed.values, STAGES: {}}, [s for s in composed.settings if s.path[0] != STAGES])
-    for number, file in enumerate(composed.files, 1):
-        later = {setting.path for other in composed.files[number:] for setting in other}
-        for setting in file:
-            if setting.path[:2] == (STAGES, stage.written) and setting.path[2:3] in INSIDE:
-                for one in keys_below(setting.path, setting.value, setting.where, setting.text):
-                    if one.path[3:] not in later:
-                        put_stage_key(one, stage)
-
-
 def put_stage_key(setting: Setting, stage: Planned) -> None:
     """Lay a key that a stage sets for itself, at `stages.NAME.set` or `by_round`, unless no stage can have it so."""
     own, problem = replace(setting, path=setting.path[3:]), None
     if setting.path[2] == BY_ROUND and own.path:
         own, problem = stage.round.value(own)
-    if problem := problem or refused_key(own):
-        stage.draft.problems.append(problem)
-    else:
-        stage.draft.put(own)
-
-
-def refused_key(setting: Setting) -> Problem | None:
-    """A key that no stage can have for itself, or None."""
-    why, advice, path = "", tuple[str, ...](), setting.path
+    why, advice, path = "", tuple[str, ...](), own.path
     if not path:
         why = "must be a group of keys"
     elif path in ((OBJECTIVE,), ("data",)):
-        why, advice = "is chosen by the stage", (f"beside set, not in it:  {path[0]}: {written(setting.value)}",)
+        why, advice = "is chosen by the stage", (f"beside set, not in it:  {path[0]}: {written(own.value)}",)
     elif path[0] in SAME:
         why = f"{path[0]} is the same in all stages"
     elif path[0] == "model" and path[1:2] and path[1] in MODEL:
         why = "a stage starts from the model that the stage before it left"
     elif path in (("generate", "out"), ("annotate", "out"), ("select", "out")):
         why = "a stage writes into a folder of its own"
-    return Problem(setting.text, why, setting.where, advice) if why else None
+    if problem := problem or (Problem(own.text, why, own.where, advice) if why else None):
+        stage.draft.problems.append(problem)
+    else:
+        stage.draft.put(own)
 
 
 def merge_problems(stages: Sequence[Planned]) -> Iterator[Problem]:
@@ -462,18 +451,18 @@ def merge_problems(stages: Sequence[Planned]) -> Iterator[Problem]:
 
     A key that was set for all of them and that some do not have is no problem.
     """
-    found: dict[Problem, list[str]] = {}
+    having: dict[Problem, list[str]] = {}
     absent: dict[tuple[str, str], dict[str, Problem]] = {}
     for stage in stages:
         for problem in dict.fromkeys(stage.draft.problems):
             if isinstance(problem, AbsentKey) and not problem.what.startswith(f"{STAGES}."):
                 absent.setdefault((problem.what, problem.where), {})[stage.name] = problem
             else:
-                found.setdefault(problem, []).append(stage.name)
+                having.setdefault(problem, []).append(stage.name)
     for problems in absent.values():
         if len(problems) == len(stages):
             yield absent_key(problems[stages[-1].name], stages)
-    for problem, names in found.items():
+    for problem, names in having.items():
         if len(names) == len(stages) or problem.what.startswith(f"{STAGES}."):
             yield problem
         else:

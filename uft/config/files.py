@@ -178,10 +178,10 @@ class Files:
     def _compose(self, choices: tuple[str, ...]) -> Composed:
         # values of Hydra's own draw no file in
         words = [*self.words, *(word for word in choices if not word.lstrip("+~").startswith("hydra."))]
-        found = self.loader.compute_defaults_list(self.request.config_name, words, RunMode.RUN)
+        plan = self.loader.compute_defaults_list(self.request.config_name, words, RunMode.RUN)
         files, code = list[tuple[Setting, ...]](), list[Problem]()
         needs_hydra = any(choice.lstrip("+~").startswith(("hydra.", "hydra/")) for choice in choices)
-        for default in found.defaults:
+        for default in plan.defaults:
             file = self._file(default.config_path) if default.config_path else None
             if file is None:
                 continue
@@ -204,7 +204,7 @@ class Files:
             except BROKEN as error:  # a list where a group of keys has to stand, for one
                 draft = Draft.laid([setting for file in files for setting in file])
                 values, problems = draft.values, [] if draft.problems else [translate(error)]
-        return Composed(values, tuple(files), dict(found.overrides.known_choices), tuple(problems), needs_hydra)
+        return Composed(values, tuple(files), dict(plan.overrides.known_choices), tuple(problems), needs_hydra)
 
     def _file(self, path: str) -> Path | None:
         """The YAML file of an entry of the defaults list; None for what came with Hydra and with plugins."""
@@ -233,16 +233,16 @@ def text_keys(values: Any) -> Any:
 
 def line_numbers(text: str) -> dict[tuple[str, ...], int]:
     """Path -> 1-based line of every key in a YAML text."""
-    found: dict[tuple[str, ...], int] = {}
+    line_of: dict[tuple[str, ...], int] = {}
 
     def walk(node: yaml.Node | None, prefix: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                found[(*prefix, str(key.value))] = key.start_mark.line + 1
+                line_of[(*prefix, str(key.value))] = key.start_mark.line + 1
                 walk(value, (*prefix, str(key.value)))
 
     walk(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), ())
-    return found
+    return line_of
 
 
 # Configurations name no code: what Hydra would import and call because a file or a command line says so is refused.
@@ -304,8 +304,8 @@ def translate(error: BaseException) -> Problem:
     if lost := NO_FILE.search(text):
         if plugin := not_installed(lost[1]):
             return Problem(lost[1], "this plugin of Hydra is not installed", "", (plugin,))
-        found = OPTIONS.search(text)
-        group, options = (found[1], found[2].split()) if found else ("", [])
+        known = OPTIONS.search(text)
+        group, options = (known[1], known[2].split()) if known else ("", [])
         near = nearest(lost[1].rpartition("/")[2], options)
         advice = hint(f"{group}={near}" if near else None, "choices", options)
         return Problem(lost[1], "no such file in conf/", where, (advice,) if advice else ())
@@ -354,12 +354,12 @@ def overgrown(file: Path) -> str | None:
 
     None where it would not. Other faults are told elsewhere.
     """
-    found = None
+    content = None
     try:
         text = yaml_text(file)
         with suppress(yaml.YAMLError, ValueError, RecursionError):
-            found = yaml.safe_load(text) if "&" in text and "*" in text else None
-        bounded(found)
+            content = yaml.safe_load(text) if "&" in text and "*" in text else None
+        bounded(content)
     except UnicodeDecodeError:
         return None
     except ValueError as error:
@@ -425,7 +425,8 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
         if names_code(line):
             words.problems.append(Problem(line, NAMES_CODE, COMMAND_LINE, PLUGINS))
             continue
-        if endless(line):
+        depth = accumulate((letter in "[{(") - (letter in ")}]") for letter in line)
+        if max(depth, default=0) > DEEPEST or re.search(r"\d{4301}", line):  # the parser would take minutes, or fail
             words.problems.append(Problem(f"{line[:60]} ...", ENDLESS, COMMAND_LINE))
             continue
         try:
@@ -434,7 +435,11 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
             words.problems.append(_unreadable(line, error))
             continue
         if override.is_sweep_override():
-            words.problems.append(_several_values(override))
+            key, value = override.get_key_element(), override.get_value_string()
+            advice = [f"to run each of them:  uft train -m {key}={value}"]
+            if override.value_type is ValueType.SIMPLE_CHOICE_SWEEP:
+                advice.append(f"for a list:  {key}=[{value}]   for text with a comma:  '{key}=\"{value}\"'")
+            words.problems.append(Problem(line, "several values need -m", COMMAND_LINE, tuple(advice)))
         elif override.is_hydra_override():
             words.choices.append(line)
         elif override.key_or_group not in files.groups or isinstance(override.value(), dict):
@@ -447,26 +452,19 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
 def overruled(lines: Iterable[str]) -> dict[str, str]:
     """Words of a command line that a later word about the same key says otherwise: that word."""
     last: dict[str, str] = {}
-    found: dict[str, str] = {}
+    overruled_by: dict[str, str] = {}
     for line in lines:
         key, equals, value = line.lstrip("+").partition("=")
         if not equals or key.startswith(("~", "hydra")) or line.startswith(OF_JOBS):
             continue
         if key in last and last[key].partition("=")[2] != value:
-            found[last[key]] = line
+            overruled_by[last[key]] = line
         last[key] = line
-    return found
+    return overruled_by
 
 
 OF_JOBS = ("++run.dir=", "++sweep.name=")
 """Words that a sweep adds to those of its jobs."""
-
-
-def endless(word: str) -> bool:
-    """Whether Hydra's parser would take minutes over a word, or fail: brackets are nested too deeply, or a number has
-    more digits than Python reads."""
-    depth = accumulate((letter in "[{(") - (letter in ")}]") for letter in word)
-    return max(depth, default=0) > DEEPEST or re.search(r"\d{4301}", word) is not None
 
 
 def _unreadable(line: str, error: HydraException) -> Problem:
@@ -484,14 +482,6 @@ def _unreadable(line: str, error: HydraException) -> Problem:
     elif not set(value) & set("'\""):
         advice = f"quote a value with special characters:  '{key}=\"{value}\"'"
     return Problem(line, "cannot be read as key=value", COMMAND_LINE, (advice,))
-
-
-def _several_values(override: Override) -> Problem:
-    key, value = override.get_key_element(), override.get_value_string()
-    advice = [f"to run each of them:  uft train -m {key}={value}"]
-    if override.value_type is ValueType.SIMPLE_CHOICE_SWEEP:
-        advice.append(f"for a list:  {key}=[{value}]   for text with a comma:  '{key}=\"{value}\"'")
-    return Problem(str(override.input_line), "several values need -m", COMMAND_LINE, tuple(advice))
 
 
 def _choose(override: Override, files: Files, words: Words) -> None:

@@ -65,13 +65,13 @@ def config_dirs(extra: str | None = None) -> list[Path]:
 
 def groups(dirs: list[Path]) -> dict[str, dict[str, Path]]:
     """Group -> option -> file, over all `dirs`, sorted by name."""
-    found: dict[str, dict[str, Path]] = {}
+    grouped: dict[str, dict[str, Path]] = {}
     for folder in dirs:
         for file in sorted(folder.rglob("*.yaml")):
             group = file.parent.relative_to(folder).as_posix()
             if group != "." and group.split("/")[0] not in HIDDEN_GROUPS:
-                found.setdefault(group, {}).setdefault(file.stem, file)
-    return {group: dict(sorted(options.items())) for group, options in sorted(found.items())}
+                grouped.setdefault(group, {}).setdefault(file.stem, file)
+    return {group: dict(sorted(options.items())) for group, options in sorted(grouped.items())}
 
 
 def headline(file: Path) -> str:

@@ -86,7 +86,10 @@ def complete_model(draft: Draft) -> None:
     name, lr = latest.get("name"), latest.get("lr")
     if not isinstance(path, str):
         return
-    if name is not None and Path(name.file).name == CUSTOM and (called := name_of_model(path)):
+    parts = [part for part in path.split("/") if re.search(r"\w", part)]
+    parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts  # RUN for RUN/model
+    called = re.sub(r"[^\w.+-]", "_", parts[-1].rpartition(":")[2])[:60] if parts else ""
+    if called and name is not None and Path(name.file).name == CUSTOM:
         draft.put(Setting(("model", "name"), called, "after model.path", name.text))
     if lr is None or (Path(lr.file).parent.name != "model" and not lr.text.startswith("init_from=")):
         return
@@ -108,25 +111,18 @@ HIGHEST_RATE = 1e-3  # of first learning rates
 SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", re.IGNORECASE)
 
 
-def name_of_model(path: str) -> str:
-    """Short name of a model: the last part of its path, RUN for RUN/model; "" where that is no name."""
-    parts = [part for part in path.split("/") if re.search(r"\w", part)]
-    parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
-    return re.sub(r"[^\w.+-]", "_", parts[-1].rpartition(":")[2])[:60] if parts else ""
-
-
 def size_of_model(path: str) -> float | None:
     """Roughly how many parameters: of the weights in a folder, or as the name says (Qwen2.5-0.5B); None: not known."""
-    found = 0
+    count = 0
     for file in Path(path).glob("*.safetensors") if os.path.isdir(path) else ():
         try:
             with file.open("rb") as opened:
                 header = json.loads(opened.read(min(int.from_bytes(opened.read(8), "little"), 100_000_000)))
-            found += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+            count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue  # told when it is loaded
     sizes = SIZE_IN_NAME.findall(path.rstrip("/").rpartition("/")[2])
-    return found or (float(sizes[-1][0]) * {"m": 1e6, "b": 1e9}[sizes[-1][1].lower()] if sizes else None)
+    return count or (float(sizes[-1][0]) * {"m": 1e6, "b": 1e9}[sizes[-1][1].lower()] if sizes else None)
 
 
 def first_rate(path: str, is_lora: bool) -> float:

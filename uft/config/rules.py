@@ -37,11 +37,11 @@ def rules_broken(settings: Settings, wrong: Collection[str], typed: Collection[s
         node = value_at(settings, path[:-1])
         if isinstance(node, dict) and path[-1] in node:
             node.pop(path[-1]) if path[0] in BY_METHOD else node.update({path[-1]: None})
-    found = [one for rule in RULES for one in rule(settings)]
+    problems = [one for rule in RULES for one in rule(settings)]
     steps = settings["train"]["steps"]
     if "train.epochs" in typed and steps is not None:
-        found.insert(0, broken("train.epochs", f"does nothing beside train.steps={steps}", "add  train.steps=null"))
-    return list({one[0]: one for one in reversed(found) if one[0] not in wrong}.values())[::-1]
+        problems.insert(0, broken("train.epochs", f"does nothing beside train.steps={steps}", "add  train.steps=null"))
+    return list({one[0]: one for one in reversed(problems) if one[0] not in wrong}.values())[::-1]
 
 
 def broken(key: str, why: str, *advice: str) -> Broken:

@@ -406,8 +406,8 @@ Settings = Mapping[str, Any]
 
 def fields_of(kind: Any) -> Fields:
     """The keys of a group, in their order; none of a type that is no group."""
-    found: Fields = getattr(bare(kind), "__pydantic_fields__", {})
-    return found
+    fields: Fields = getattr(bare(kind), "__pydantic_fields__", {})
+    return fields
 
 
 def default_of(field: FieldInfo) -> Any:

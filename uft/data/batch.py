@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from uft.data.chat import Tokens
-from uft.data.rows import Completion, Kind, Role, Row, Selection, View
+from uft.data.rows import Completion, Kind, Role, Row, Selection, Tokens, View
 
 Tensor = torch.Tensor
 
@@ -141,12 +140,12 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        def change_in(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: change(tensor) for name, tensor in value.items()}
-            return change(value) if isinstance(value, Tensor) else value
-
-        return replace(self, **{f.name: change_in(getattr(self, f.name)) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: change(one) for name, one in values.items() if isinstance(one, Tensor)}
+        for name, group in values.items():
+            if isinstance(group, dict):
+                tensors[name] = {key: change(one) for key, one in group.items()}
+        return replace(self, **tensors)
 
 
 # --- Examples: rows as an objective uses them, in micro-batches under a budget of tokens.
@@ -184,7 +183,7 @@ def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
     Cut at `max_length` tokens. Nothing for a single row.
     """
     sides = [(item, part, encoded) for item in examples for part, encoded in zip(item.parts, item.encoded, strict=True)]
-    found = []
+    exchanged = []
     for number, (own, part, completion) in enumerate(sides):
         following = (sides[(number + k) % len(sides)] for k in range(1, len(sides)))
         item, _, prompt = next((side for side in following if side[0].example != own.example), (None, None, None))
@@ -195,8 +194,8 @@ def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
         supervised[prompt.prompt_length :] = completion.supervised[completion.prompt_length :]
         joined = Tokens(ids[:max_length], supervised[:max_length], prompt.prompt_length)
         if joined.targets:
-            found.append(Example(item.example, own.row, (part,), (joined,)))
-    return found
+            exchanged.append(Example(item.example, own.row, (part,), (joined,)))
+    return exchanged
 
 
 def is_good(completion: Completion) -> bool:
@@ -252,6 +251,8 @@ def collate(examples: Sequence[Example], pad_id: int, layout: Layout = Layout.PA
         sides[row, part.role].append(number)
     positives_and_negatives = ((sides[row, Role.POSITIVE], sides[row, Role.NEGATIVE]) for row in range(len(examples)))
     kinds = {kind: number for number, kind in enumerate(Kind)}
+    known = [({} if c.score is None else {"score": c.score}) | dict(c.annotations) for c in completions]
+    names = dict.fromkeys(name for numbers in known for name in numbers)
     return Batch(
         **laid,
         row=_integers(row for row, _, _, _ in sequences),
@@ -262,7 +263,7 @@ def collate(examples: Sequence[Example], pad_id: int, layout: Layout = Layout.PA
         example=_integers(item.example for item in examples),
         kind=_integers(kinds[item.row.kind] for item in examples),
         columns=_columns(examples, completions, laid["sequence"].numpy()),
-        annotations=_annotations(completions),
+        annotations={n: torch.tensor([one.get(n, math.nan) for one in known], dtype=torch.float32) for n in names},
     )
 
 
@@ -285,13 +286,6 @@ def _columns(examples: Sequence[Example], completions: Sequence[Completion], seq
         spread[firsts] = [completions[number].log_prob or 0.0 for number in numbers]
         columns["sampling_log_probs"] = torch.from_numpy(spread)
     return columns
-
-
-def _annotations(completions: Sequence[Completion]) -> dict[str, Tensor]:
-    """Per sequence: scores and annotations of its completion; NaN where it has none."""
-    known = [({} if c.score is None else {"score": c.score}) | dict(c.annotations) for c in completions]
-    names = dict.fromkeys(name for numbers in known for name in numbers)
-    return {name: torch.tensor([n.get(name, math.nan) for n in known], dtype=torch.float32) for name in names}
 
 
 def _integers(values: Iterable[Any]) -> Tensor:

@@ -15,32 +15,27 @@ A conversation is rendered once, whole, and that text alone is tokenised. The ma
 A turn that the template leaves out or changes, and other differences between a row and its text, are notes beside the
 tokens.
 
-`plain` (:mod:`uft.data.plain`) is the way for base models without a template.
+`plain` is the way for base models without a template.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import accumulate
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from uft.data.messages import under_system
-from uft.data.plain import Conversation, Note, Plain, Tokens, finish, learned_turns
-from uft.data.rows import Message, Row, Turns
+from uft.data.rows import Conversation, Message, Note, Row, Tokens, Turns, finish, learned_turns
 from uft.data.template import (
     END,
     FORMS,
-    NAMES,
     RESERVED,
     TEMPLATE_ERRORS,
     CharSpan,
@@ -51,14 +46,16 @@ from uft.data.template import (
     Template,
     as_generated,
     check_arguments,
+    fill,
     forms_for,
     marked_parts,
     misplaced,
     missing_text,
+    read_template,
     rendering_digest,
-    template_file,
-    unknown_marks,
+    token_span,
     with_date,
+    without_end,
 )
 from uft.errors import Problem, UftError
 
@@ -115,10 +112,7 @@ class Renderer:
             self._strategy = Plain(tokenizer, train_on, special_text)
             check_arguments(arguments or {}, "", "plain")
         else:
-            if missing := unknown_marks(template, tokenizer):
-                why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
-                raise UftError(Problem(f"data.template={template}", why))
-            text = _read_template(template, tokenizer)
+            text = read_template(template, tokenizer)
             name = "the tokenizer's chat template" if template == "auto" else template
             check_arguments(arguments or {}, text, name)
             how = (train_on, special_text, rendering)
@@ -143,7 +137,8 @@ class Renderer:
 
     def prompt_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
         """The prompt as the model sees it when it is to answer. `system` replaces the prompt's own system turn."""
-        return self._strategy.prompt_ids(under_system(prompt, system))
+        ids: list[int] = self._strategy.encode_prompts([under_system(prompt, system)], ["prompt"])[0].ids.tolist()
+        return ids
 
     def asked_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
         """What an answer to a prompt of one's own starts from: with `learned`, the text that a reply to it is trained
@@ -158,9 +153,11 @@ class Renderer:
     def said(self, ids: Sequence[int], strip: bool = True) -> Message:
         """A generated reply as a row would have it: its text without special tokens, and with `strip` without white
         space at its ends; of gpt-oss's channels, which are such tokens, the last, with the first as its reasoning."""
-        found = _CHANNELS.match(str(self.tokenizer.decode(ids))) if "<|channel|>" in self.text else None
-        thought, text = ("".join(_MARKS.split(part or "")) for part in found.groups()) if found else ("", "")
-        text = text if found else str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        channels = _CHANNELS.match(str(self.tokenizer.decode(ids))) if "<|channel|>" in self.text else None
+        if channels:
+            thought, text = ("".join(_MARKS.split(part or "")) for part in channels.groups())
+        else:
+            thought, text = "", str(self.tokenizer.decode(ids, skip_special_tokens=True))
         extra = json.dumps({"reasoning_content": thought}, ensure_ascii=False) if thought.strip() else ""
         return Message("assistant", text.strip() if strip else text, extra)
 
@@ -180,23 +177,57 @@ class Renderer:
         return encoded.ids[: encoded.prompt_length].tolist()
 
 
-def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    if path == "auto":
-        try:
-            return str(tokenizer.get_chat_template())
-        except ValueError:
-            names = ", ".join(sorted(map(str, tokenizer.chat_template)))  # a dictionary
-            why = f"the tokenizer has templates of the names {names}, and no default"
-            advice = ("write the one to be used into a file:  data.template=FILE.jinja",)
-            raise UftError(Problem("data.template=auto", why, advice=advice)) from None
-    file = template_file(path)
-    if not os.path.isfile(file):
-        advice = (f"choices: {', '.join(NAMES)}, or a Jinja file",)
-        raise UftError(Problem(f"data.template={path}", "no such file", advice=advice))
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
+# --- Without a template.
+
+
+class Plain:
+    """No template: prompt and completion are tokenised apart and joined.
+
+    The tokenizer's own first token stands before, the end-of-text token, which is learned, after every assistant turn.
+    Several turns are set apart by a blank line.
+    """
+
+    name = "plain"
+    text = "plain"  # decides the tokens besides the tokenizer, and enters the digest
+    arguments: Mapping[str, Any] = {}
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, special_text: str) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UftError(Problem("data.template=plain", "the tokenizer has no end-of-text token to learn"))
+        self.tokenizer, self.train_on, self._spelled = tokenizer, train_on, special_text == "text"
+        self.stop_ids = frozenset({int(tokenizer.eos_token_id)})
+        bos = tokenizer.bos_token_id
+        self._first = [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
+
+    def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
+        texts: list[str] = []  # of each conversation the prompt's, then one per turn that follows
+        for (prompt, turns), name in zip(conversations, names, strict=True):
+            fields = [field for turn in (*prompt, *turns) if turn.extra for field in json.loads(turn.extra)]
+            if fields:
+                why, advice = f"has {fields[0]}, which only a chat template can render", ("set another data.template",)
+                raise UftError(Problem(f"row {name}", why, where="data.template=plain", advice=advice))
+            texts.append("\n\n".join(turn.content for turn in prompt))
+            for turn in turns:
+                own = turn.content if self._spelled else without_end(turn.content, [str(self.tokenizer.eos_token)])
+                texts.append(own if turn.role == "assistant" else f"\n\n{turn.content}\n\n")
+        options = {"add_special_tokens": False, "split_special_tokens": self._spelled, "verbose": False}
+        pieces = iter(self.tokenizer(texts, **options)["input_ids"] if texts else [])
+        encoded = []
+        for _, turns in conversations:
+            ids = list(next(pieces))
+            ids = ids if ids[: len(self._first)] == self._first else self._first + ids
+            supervised = [False] * len(ids)
+            learned = learned_turns(turns, 0, self.train_on)
+            for number, turn in enumerate(turns):
+                piece = next(pieces)
+                piece = [*piece, *self.stop_ids] if turn.role == "assistant" else piece
+                ids += piece
+                supervised += [number in learned] * len(piece)
+            encoded.append(finish(np.asarray(ids, np.int32), np.asarray(supervised, bool)))
+        return encoded
+
+    def encode_prompts(self, prompts: Sequence[Turns], names: Sequence[str]) -> list[Tokens]:
+        return self.encode_many([(prompt, ()) for prompt in prompts], names)
 
 
 # --- Chat templates.
@@ -237,17 +268,24 @@ class ChatTemplate:
         self.tokenizer, self.text, self.name = tokenizer, text, name
         self.arguments, self.train_on, self.rendering = arguments, train_on, rendering
         self._template = Template(text, {**tokenizer.special_tokens_map, **arguments})
-        self._render, self._has_marks = self._template.render, self._template.has_marks
+        self._write, self._has_marks = self._template.write, self._template.has_marks
         self._skeletons: dict[Any, list[str]] = {}  # by the turns without their contents
         closing = self._closing((Message("user", "?"), Message("assistant", END)))
         self.stop_ids = frozenset({tokenizer.eos_token_id} - {None}) | closing  # the end of a text, and of a reply
+        self._stops = list(map(str, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
         self._specials = LiteralSpecials(tokenizer, self.stop_ids, special_text == "tokens")
 
     def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
         whole = [self._specials.hide((*prompt, *turns)) for prompt, turns in conversations]
         if self.rendering == "generated":
             return self._generated(conversations, whole, names)
-        rendered = self._render_rows(whole, names)
+        try:  # all at once, which is faster; one by one where a row is at fault, or all exceed the limits of one
+            rendered = self._template.render(whole)
+        except TEMPLATE_ERRORS:
+            rendered = []
+            for turns, name in zip(whole, names, strict=True):
+                with self._explained(turns, name):
+                    rendered += self._template.render([turns])
         encodings = self._specials.encode([one.text for one in rendered])
         firsts = [len(prompt) for prompt, _ in conversations]
         return [self._tokens(*row) for row in zip(whole, firsts, rendered, encodings, names, strict=True)]
@@ -256,33 +294,23 @@ class ChatTemplate:
         texts, notes = [], []
         for turns, name in zip(map(self._specials.hide, prompts), names, strict=True):
             with self._explained(turns, name):
-                texts.append(self._render([turns], add_generation_prompt=True)[0].text)
+                texts.append(self._write(turns, add_generation_prompt=True))
                 notes.append(tuple(missing_text(turns, texts[-1], ())))
         ids = [np.asarray(one.ids, np.int32) for one in self._specials.encode(texts)]
-        return [Tokens(one, np.zeros(len(one), bool), len(one), found) for one, found in zip(ids, notes, strict=True)]
-
-    def prompt_ids(self, prompt: Turns) -> list[int]:
-        turns = self._specials.hide(prompt)
-        with self._explained(turns, "prompt"):
-            text = self._render([turns], add_generation_prompt=True)[0].text
-        return next(self._specials.encode([text])).ids
+        return [Tokens(one, np.zeros(len(one), bool), len(one), noted) for one, noted in zip(ids, notes, strict=True)]
 
     # --- masks
 
     def _tokens(self, turns: Turns, first: int, rendered: Rendered, encoded: Encoded, name: str) -> Tokens:
         """One row, whose prompt has `first` turns, with its mask and notes."""
-        found = self._find_contents(turns, rendered.text)
+        contents = self._find_contents(turns, rendered.text)
         wanted = learned_turns(turns, first, self.train_on)
         with self._explained(turns, name):
-            if self._has_marks:
-                spans = [(span, True) for span in self._marked_spans(turns, wanted, rendered, name)]
-            else:
-                replies = (self._reply_spans(turns, number, found, rendered.text, name) for number in wanted)
-                spans = [span for reply in replies for span in reply]
+            spans = self._spans(turns, wanted, rendered, contents, name)
         tokens = self._supervise(rendered.text, encoded, spans)
-        notes = [*self._changes(turns, wanted, found), *self._omissions(turns, wanted, rendered.text)]
+        notes = [*self._changes(turns, wanted, contents), *self._omissions(turns, wanted, rendered.text)]
         notes += self._open_ends(tokens, wanted)
-        places = found.places if found and self._has_marks else {}
+        places = contents.places if contents and self._has_marks else {}
         for number in sorted(set(wanted) & set(places)):
             if not tokens.supervised[slice(*token_span(encoded.offsets, places[number]))].all():
                 notes.append(Note("does not mark the whole text of assistant turns", number))
@@ -290,7 +318,9 @@ class ChatTemplate:
         added = told and self._added_turn(turns, wanted, places, rendered.text, [one for one, _ in spans])
         notes += [Note(ADDS, added)] if added else []
         if tokens.supervised.any():
-            start, length = self._generation_start(turns[: wanted[0]], found), tokens.prompt_length
+            prompt, length = turns[: wanted[0]], tokens.prompt_length
+            pieces = self._skeleton(prompt, True) if contents is not None else []
+            start = fill(pieces, contents.contents)[0] if contents and pieces else self._attempt(prompt, True)
             same_text = start == rendered.text[: encoded.offsets[length][0]]
             if start is None or not (same_text or next(self._specials.encode([start])).ids == encoded.ids[:length]):
                 notes.append(Note(OTHER_START, wanted[0]))
@@ -302,15 +332,14 @@ class ChatTemplate:
         """Every row with each reply as it is generated, see :func:`uft.data.template.as_generated`."""
         asked, reply = Message("user", "?"), Message("assistant", END)
         closing = self.stop_ids | self._closing((asked, reply, asked))  # which may differ from that of the last turn
-        named = self.tokenizer.convert_ids_to_tokens
-        stops, ends = (list(map(str, named(list(ids)))) for ids in (self.stop_ids, closing))
+        ends = list(map(str, self.tokenizer.convert_ids_to_tokens(list(closing))))
         written = []
         for (prompt, _), turns, name in zip(conversations, whole, names, strict=True):
             with self._explained(turns, name):
-                found = as_generated(self._render, turns, len(prompt), stops, ends)
-            if isinstance(found, int):
-                raise self._unclear(turns[found], name)
-            written.append(found)
+                text_or_turn = as_generated(self._template, turns, len(prompt), self._stops, ends)
+            if isinstance(text_or_turn, int):
+                raise self._unclear(turns[text_or_turn], name)
+            written.append(text_or_turn)
         done = []
         encodings = self._specials.encode([text for text, _ in written])
         for (prompt, _), turns, (text, places), encoded in zip(conversations, whole, written, encodings, strict=True):
@@ -342,13 +371,33 @@ class ChatTemplate:
             Message(turn.role, _MARK.format(number) if turn.content else "", turn.extra)
             for number, turn in enumerate(turns)
         )
-        try:
-            pieces = _MARKED.split(self._render([marks], add_generation_prompt)[0].text)
-        except TEMPLATE_ERRORS:  # LimitExceeded among them: a row will show it
-            pieces = []
+        text = self._attempt(marks, add_generation_prompt)  # where it exceeds a limit, a row will show it
+        pieces = [] if text is None else _MARKED.split(text)
         if not any(turn.extra for turn in turns):  # which differs from row to row
             self._skeletons[key] = pieces
         return pieces
+
+    def _spans(
+        self, turns: Turns, wanted: Sequence[int], rendered: Rendered, contents: Contents | None, name: str
+    ) -> list[tuple[CharSpan, bool]]:
+        """Characters of the wanted replies, and whether they reach over a reply's end: by the template's own marks; all
+        of a turn that carries more than its content; by the place of the content, or by a mark at its end."""
+        if self._has_marks:
+            return [(span, True) for span in self._marked_spans(turns, wanted, rendered, name)]
+        spans: list[tuple[CharSpan, bool]] = []
+        for number in wanted:
+            if any(field in turns[number].extra for field in ("reasoning_content", "tool_calls")):
+                before = self._header_end(turns, number)
+                is_start = rendered.text.startswith(before)
+                end = self._turn_end(turns, number, rendered.text, len(before)) if is_start else None
+                if end is None:
+                    raise self._unclear(turns[number], name)
+                spans.append(((len(before), end), True))
+            elif contents is None:
+                spans.append((self._reply_span(turns, number, rendered.text, name), False))
+            elif number in contents.places:
+                spans.append((contents.places[number], False))
+        return spans
 
     def _marked_spans(self, turns: Turns, wanted: Sequence[int], rendered: Rendered, name: str) -> Sequence[CharSpan]:
         """Characters of the wanted replies by the template's own marks."""
@@ -363,32 +412,17 @@ class ChatTemplate:
         if len(runs) <= len(replies) or len(runs) % len(replies) == 0:  # parts of a reply may be marked one by one
             owners = [number for number in replies for _ in range(max(1, len(runs) // len(replies)))]
             return [run for number, run in zip(owners[-len(runs) :], runs, strict=True) if number in wanted]
-        begins = [self._render([turns[:number]])[0].text for number in replies]
+        begins = [self._write(turns[:number]) for number in replies]
         if not all(map(rendered.text.startswith, begins)):
             raise self._unclear(turns[wanted[0]], name)
         places = [len(begin) for begin in begins]
         return [run for run in runs if replies[max(0, bisect_right(places, run[0]) - 1)] in wanted]
 
-    def _reply_spans(
-        self, turns: Turns, number: int, found: Contents | None, text: str, name: str
-    ) -> Sequence[tuple[CharSpan, bool]]:
-        """Characters of one reply in the rendered `text`: its content, or all of a turn that carries more than that;
-        and whether they reach over its end."""
-        if any(field in turns[number].extra for field in ("reasoning_content", "tool_calls")):
-            before = self._header_end(turns, number)
-            end = self._turn_end(turns, number, text, len(before)) if text.startswith(before) else None
-            if end is None:
-                raise self._unclear(turns[number], name)
-            return [((len(before), end), True)]
-        if found is not None:
-            return [(found.places[number], False)] if number in found.places else []
-        return [(self._reply_span(turns, number, text, name), False)]
-
     def _turn_end(self, turns: Turns, number: int, text: str, begin: int) -> int | None:
         """The end of a reply whose header ends at `begin`, with its stop token; None where it cannot be told."""
         if number + 1 == len(turns):
             return len(text)
-        upto = self._render([turns[: number + 1]])[0].text
+        upto = self._write(turns[: number + 1])
         if text.startswith(upto) and len(upto) >= begin:
             return len(upto)
         # the last turn is written otherwise than one in the middle: its first stop token before the next turn's content
@@ -396,17 +430,16 @@ class ChatTemplate:
         marked = self._text_with(turns, number + 1, following)
         if marked is None or marked.replace(END, "") != text:
             return None
-        stops = [str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stop_ids]
-        places = [(text.find(stop, begin, marked.index(END)), len(stop)) for stop in stops]
+        places = [(text.find(stop, begin, marked.index(END)), len(stop)) for stop in self._stops]
         return min((place + length for place, length in places if place >= 0), default=None)
 
     def _header_end(self, turns: Turns, number: int) -> str:
         """The text before a reply, its header included."""
-        before = self._render([turns[:number]], add_generation_prompt=True)[0].text
-        if before != self._render([turns[:number]])[0].text:
+        before = self._write(turns[:number], add_generation_prompt=True)
+        if before != self._write(turns[:number]):
             return before
         # no generation prompt: a mark tells where a header ends
-        headed = self._render([(*turns[:number], Message("assistant", END))])[0].text.partition(END)[0]
+        headed = self._write((*turns[:number], Message("assistant", END))).partition(END)[0]
         return headed if headed.rstrip() != before.rstrip() else before
 
     def _reply_span(self, turns: Turns, number: int, text: str, name: str) -> CharSpan:
@@ -415,7 +448,7 @@ class ChatTemplate:
         content = turns[number].content
         for variant in (content, content.rstrip(), content.strip()):
             marked = replace(turns[number], content=variant + END)
-            changed = self._render([(*turns[:number], marked, *turns[number + 1 :])])[0].text
+            changed = self._write((*turns[:number], marked, *turns[number + 1 :]))
             head, mark, tail = changed.partition(END)
             if mark and head + tail == text and head.startswith(before):
                 return len(before), len(head)
@@ -453,14 +486,20 @@ class ChatTemplate:
 
     # --- differences between a row and its text
 
-    def _changes(self, turns: Turns, wanted: Sequence[int], found: Contents | None) -> Iterator[Note]:
+    def _changes(self, turns: Turns, wanted: Sequence[int], contents: Contents | None) -> Iterator[Note]:
         """Turns that the template leaves out, or whose text it changes, white space aside."""
-        moved = misplaced(turns, self._skeleton(turns)[1::2]) if found is not None else {}
+        moved = misplaced(turns, self._skeleton(turns)[1::2]) if contents is not None else {}
         for number, turn in enumerate(turns):
-            if found is not None:
-                change = moved.get(number, "" if number in found.places or not turn.content else "leaves out")
-            else:
-                change = self._change(turns, number)
+            change, marked = "", turn.content.strip() + END
+            if contents is not None:
+                change = moved.get(number, "" if number in contents.places or not turn.content else "leaves out")
+            elif marked != END and (text := self._text_with(turns, number, replace(turn, content=marked))) is not None:
+                if END not in text:
+                    change = "leaves out"
+                elif "".join(marked.split()) not in "".join(text.split()):
+                    change = "changes the text of"
+                elif marked not in text:
+                    change = _SPACED
             if change:  # of white space no more than is told
                 lost = number in moved or (number in wanted and change != _SPACED)
                 yield Note(f"{change} {turn.role} turns", number, lost)
@@ -483,22 +522,14 @@ class ChatTemplate:
 
     def _text_with(self, turns: Turns, number: int, turn: Message) -> str | None:
         """The text with another turn in the place of one; None where the template refuses that."""
+        return self._attempt((*turns[:number], turn, *turns[number + 1 :]))
+
+    def _attempt(self, turns: Turns, add_generation_prompt: bool = False) -> str | None:
+        """The text of turns; None where the template refuses them."""
         try:
-            return self._render([(*turns[:number], turn, *turns[number + 1 :])])[0].text
+            return self._write(turns, add_generation_prompt)
         except TEMPLATE_ERRORS:
             return None
-
-    def _change(self, turns: Turns, number: int) -> str:
-        """The change to one turn by a template that changes contents: nothing, or the verb for it."""
-        content = turns[number].content.strip() + END
-        text = self._text_with(turns, number, replace(turns[number], content=content))
-        if text is None or content == END:  # it refuses the mark, not the row; or there is no text
-            return ""
-        if END not in text:
-            return "leaves out"
-        if "".join(content.split()) not in "".join(text.split()):
-            return "changes the text of"
-        return "" if content in text else _SPACED
 
     def _added_turn(
         self, turns: Turns, wanted: Sequence[int], places: Mapping[int, CharSpan], text: str, spans: Sequence[CharSpan]
@@ -506,7 +537,7 @@ class ChatTemplate:
         """The first of the wanted turns beside whose text the template marks text of its own, its end aside; or 0.
         Reasoning and calls are written by the template, between tags of its own."""
         plain = [number for number in wanted if number in places and not turns[number].extra]
-        stops = sorted((str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stop_ids), key=len)[::-1]
+        stops = sorted(self._stops, key=len)[::-1]
         for number in plain:
             start, end = places[number]
             for first, last in (span for span in spans if span[0] <= start and end <= span[1]):
@@ -529,28 +560,7 @@ class ChatTemplate:
         elif sum(int(token) in self.stop_ids for token in tokens.ids[tokens.supervised]) < len(wanted):
             yield Note(what, wanted[0])
 
-    def _generation_start(self, prompt: Turns, found: Contents | None) -> str | None:
-        """The text that generation starts from; None where the template refuses a prompt."""
-        pieces = self._skeleton(prompt, True) if found is not None else []
-        if found is not None and pieces:
-            return fill(pieces, found.contents)[0]
-        try:
-            return self._render([prompt], add_generation_prompt=True)[0].text
-        except TEMPLATE_ERRORS:
-            return None
-
-    # --- rendering
-
-    def _render_rows(self, rows: Sequence[Turns], names: Sequence[str]) -> list[Rendered]:
-        """All at once, which is faster; one by one where a row is at fault, or all exceed the limits of one."""
-        try:
-            return self._render(rows)
-        except TEMPLATE_ERRORS:
-            rendered = []
-            for turns, name in zip(rows, names, strict=True):
-                with self._explained(turns, name):
-                    rendered += self._render([turns])
-            return rendered
+    # --- what the template refuses
 
     @contextmanager
     def _explained(self, turns: Turns, name: str) -> Iterator[None]:
@@ -570,7 +580,7 @@ class ChatTemplate:
     def _closing(self, turns: Turns) -> frozenset[int]:
         """The token that follows the content that is marked by END; none where other text does."""
         try:
-            tail = self._render([turns])[0].text.partition(END)[2]
+            tail = self._write(turns).partition(END)[2]
         except LimitExceeded as error:
             raise UftError(Problem("data.template", f"{self.name} cannot be used: {error}")) from None
         except TEMPLATE_ERRORS:  # a template that needs more than one exchange: its rows are checked one by one
@@ -581,20 +591,3 @@ class ChatTemplate:
             if str(self.tokenizer.decode([token])).strip():
                 break
         return frozenset()
-
-
-def fill(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, dict[int, CharSpan]]:
-    """A skeleton's text with `contents` in it, and the characters of each."""
-    filled = [contents[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)]
-    ends = list(accumulate(map(len, filled)))
-    places = zip(map(int, pieces[1::2]), zip(ends[::2], ends[1::2], strict=False), strict=True)
-    return "".join(filled), dict(places)
-
-
-def token_span(offsets: Sequence[CharSpan], span: CharSpan) -> tuple[int, int]:
-    """[first, last) of the tokens that hold a character of `span`.
-
-    A token that stands for trimmed white space, and so for no character, lies at the end of that space.
-    """
-    start, end = span
-    return bisect_right(offsets, start, key=itemgetter(1)), bisect_left(offsets, end, key=itemgetter(0))

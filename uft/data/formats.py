@@ -3,7 +3,7 @@
 A file's format is recognised by its columns; `columns` in the configuration maps other names to these first. A format
 that explains all the columns of another, and more, wins over it; two that do not are ambiguous, and that is an error.
 Every way of writing a prompt and its reply goes with every kind of feedback.
-From top to bottom: recognising a format, and the formats. Numbers beside completions and rows as records again are in
+From top to bottom: recognising a format, numbers beside completions, and the formats. Rows become records again in
 :mod:`uft.data.records`; what a format leaves unread is judged in :mod:`uft.data.unread`.
 """
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from uft.data.messages import (
     LEARNED,
@@ -46,8 +48,7 @@ from uft.data.messages import (
     with_context,
     with_reasoning,
 )
-from uft.data.records import LARGEST, SIDES, with_annotations
-from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row, Turns
+from uft.data.rows import ANNOTATIONS, BASELINE, SCORE, SOFT_LABEL, Completion, Kind, Message, Row, Turns
 from uft.errors import Problem, UftError, did_you_mean, typed
 
 Range = tuple[float, float] | None  # of scores; None: the format's own
@@ -76,6 +77,8 @@ ALIASES = (
 )
 """Other names of our fields, used where the field itself is absent and, if such are named, one of some others is there.
 An `instruction` takes the place of a prompt."""
+SIDES = ("score_chosen", "score_rejected")
+LARGEST = sys.float_info.max
 _NUMBERS = "label score score_min score_max helpfulness correctness coherence"
 NUMERIC = frozenset({*_NUMBERS.split(), *SIDES, *LEARNED, *ANNOTATIONS})
 """Fields that are numbers in a file of text cells (CSV)."""
@@ -101,7 +104,11 @@ class Format:
 
     def read(self, record: Record, score_range: Range = None) -> Row:
         """The record as a row that has no name and number yet. Raises :class:`Unreadable` with the reason."""
-        refuse_unlearned(record)
+        for name in LEARNED:
+            if not is_blank(mark := record.get(name)) and not flag(mark):
+                odd = "not 0 or 1, and rows are learned whole or not at all"
+                why = f"{name} is {excerpt(mark)}: {odd if flag(mark) is None else 'this row is not to be learned'}"
+                raise Unreadable(why, f"leave it unread:  {{source}}.columns.{name}=''")
         for value in (record.get(name) for name in self.columns):
             if isinstance(value, str) and not isinstance(unpacked(value), str):  # messages as JSON
                 refuse_repeated(value)
@@ -114,7 +121,11 @@ class Format:
         if not is_blank(reasoning := record.get("reasoning_content")):
             turns = tuple(turn for one in completions for turn in one.turns)
             completions = (replace(completions[0], turns=with_reasoning(turns, reasoning)), *completions[1:])
-        refuse_invisible(prompt, completions)
+        graded = [one.preferred is False or one.label is False or one.score is not None for one in completions]
+        right = [one.turns for one, bad in zip(completions, graded, strict=True) if not (bad or one.sampled_by)]
+        for turn in (*prompt, *(turn for turns in right for turn in turns)):  # a reply that is not right may be that
+            if turn.content and is_invisible(turn.content):
+                raise Unreadable(f"a turn of the {turn.role} has nothing but invisible characters")
         task = optional_text(record.get("task"), "task")
         return Row("", 0, prompt, with_annotations(record, completions), answer, task)
 
@@ -154,12 +165,14 @@ def recognise(
     asked = [f for f in allowed if kind is not None or f.kind is not Kind.PROMPT]
     near = sorted(asked, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
     lacks = [f"{f.name} lacks {', '.join(sorted(f.required - known))}" for f in near]
-    guesses = [{ours: _guess(ours, columns) for ours in sorted(f.required - known)} for f in asked]
-    guesses = sorted((found for found in guesses if all(found.values())), key=len)[:1]
+    lower = {column.strip().lower(): column for column in columns}
+    meant = {ours: next((lower[word] for word in words.split() if word in lower), "") for ours, words in _USUAL.items()}
+    guesses = [{ours: meant.get(ours, "") for ours in sorted(f.required - known)} for f in asked]
+    guesses = sorted((guess for guess in guesses if all(guess.values())), key=len)[:1]
     if not guesses and kind is None and not any(f.required & known for f in near):  # nothing is ours
         lacks, guesses = [], [dict.fromkeys(("prompt", "completion"), "THEIR_COLUMN"), {"messages": "THEIR_COLUMN"}]
     guesses = guesses or [{min(near[0].required - known): "THEIR_COLUMN"}]
-    ways = (" ".join(typed(f"{key}.columns.{ours}", theirs) for ours, theirs in found.items()) for found in guesses)
+    ways = (" ".join(typed(f"{key}.columns.{ours}", theirs) for ours, theirs in guess.items()) for guess in guesses)
     why = f"no known {'row' if kind is None else kind} format has the columns {', '.join(sorted(columns)) or '(none)'}"
     if len(columns) == 1 and (mark := re.search(r"[;|\t]", next(iter(columns)))):
         lacks.append(f"columns of a CSV file are divided by commas here, not by {mark[0]!r}")
@@ -184,12 +197,6 @@ _USUAL = {
 """Names that data sets give to our fields: the advice about columns that no format has."""
 
 
-def _guess(ours: str, columns: Collection[str]) -> str:
-    """The column that may be meant by a field of ours, or ""."""
-    names = {column.strip().lower(): column for column in columns}
-    return next((names[usual] for usual in _USUAL.get(ours, "").split() if usual in names), "")
-
-
 def rename(record: Record, columns: Mapping[str, str], kind: str | None = None) -> dict[str, Any]:
     """The record under our field names: mapped columns first, then aliases; what was mapped away is gone.
 
@@ -211,19 +218,15 @@ REPLIES = frozenset(
 
 def aliases(columns: Collection[str], kind: str | None = None) -> dict[str, str]:
     """Those of these columns that have another of our names: that name. `kind`: that of the rows, if it is said."""
-    found: dict[str, str] = {}
+    ours_of: dict[str, str] = {}
     known = set(columns)
     for theirs, ours, beside in ALIASES:
         taken = ours in known or (ours == "prompt" and "instruction" in known)
         if theirs in known and not taken and (not beside or not known.isdisjoint(beside)):
-            found[theirs] = ours
+            ours_of[theirs] = ours
             known = known - {theirs} | {ours}
-    alone = kind == Kind.PROMPT.value
-    if (
-        known >= {"prompt", "answer"} and known.isdisjoint(REPLIES) and not alone
-    ):  # beside a reply it is what a checker compares with
-        found["answer"] = "completion"
-    return found
+    is_reply = kind != Kind.PROMPT.value and known.isdisjoint(REPLIES)  # beside one it is what a checker compares with
+    return ours_of | ({"answer": "completion"} if is_reply and known >= {"prompt", "answer"} else {})
 
 
 def check_mapping(columns: Mapping[str, str], source: str, facts: Collection[str] = ()) -> list[Problem]:
@@ -255,6 +258,82 @@ def _number(cell: Any) -> Any:
         return cell
 
 
+# --- Annotations: numbers written beside completions, as columns of a record and back.
+#
+# `baseline_logp` is a number where a row has one completion, else a list with one for each: [chosen, rejected] of a
+# pair. `soft_label` is likewise, but a pair has one number, the probability that the chosen one is better; the rejected
+# one has the rest. null, also within a list, is an absent number. Ratings of both sides of a pair (`score_chosen` and
+# `score_rejected`, as binarized UltraFeedback has them) are kept as `score`, on their own scale.
+
+
+Numbers = Sequence[float | None]  # one per completion
+
+
+class Rule(NamedTuple):
+    """The values that a column may hold. `shared`: one number says both sides of a pair."""
+
+    low: float
+    high: float
+    meaning: str
+    shared: bool = False
+
+
+ANNOTATION_RULES = {
+    BASELINE: Rule(-LARGEST, 0.0, "a mean log-probability, at most 0"),
+    SOFT_LABEL: Rule(0.0, 1.0, "a probability from 0 to 1", shared=True),
+}
+
+
+def with_annotations(record: Record, completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
+    """The completions with the numbers of the record's columns. Raises :class:`Unreadable` with the reason."""
+    columns, count = dict[str, Numbers](), len(completions)
+    for name, rule in ANNOTATION_RULES.items():
+        if (value := record.get(name)) is None:
+            continue
+        if rule.shared and is_pair(completions):
+            likely = _bounded_number(value, name, rule)
+            columns[name] = [likely, 1 - likely]
+        elif count == 1:
+            columns[name] = [_bounded_number(value, name, rule)]
+        elif isinstance(value, list) and len(value) == count:
+            named = ((one, f"{name}[{number}]") for number, one in enumerate(value))
+            columns[name] = [None if one is None else _bounded_number(one, field, rule) for one, field in named]
+        else:
+            given = f"{len(value)} of them" if isinstance(value, list) else type_name(value)
+            raise Unreadable(f"{name} is {given}, not a list of {count} numbers, one per completion")
+    if is_pair(completions):
+        columns[SCORE] = [rating(record.get(side)) for side in SIDES]
+    return tuple(
+        with_numbers(c, {name: column[n] for name, column in columns.items()}) for n, c in enumerate(completions)
+    )
+
+
+def with_numbers(completion: Completion, numbers: Mapping[str, float | None]) -> Completion:
+    """The completion with these numbers in the place of its own of those names; None: without."""
+    known = {name: value for name, value in completion.annotations.items() if name not in numbers}
+    known |= {name: value for name, value in numbers.items() if value is not None}
+    return completion if known == completion.annotations else replace(completion, annotations=known)
+
+
+def _bounded_number(value: Any, field: str, rule: Rule) -> float:
+    if not is_number(value):
+        raise Unreadable(f"{field} is {type_name(value)}, not a number")
+    if not rule.low <= value <= rule.high:  # NaN is in no range
+        raise Unreadable(f"{field} is {str(value)[:24]}, not {rule.meaning}")
+    return float(value)
+
+
+def rating(value: Any) -> float | None:
+    """A side's rating as a number, also of a text. Few objectives use ratings: one that is no number is left unread."""
+    with suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    return float(value) if is_number(value) and -LARGEST <= value <= LARGEST else None
+
+
+def is_pair(completions: Sequence[Completion]) -> bool:
+    return len(completions) == 2 and completions[0].preferred is not None
+
+
 # --- The formats. A dialogue finds prompt and reply in a record under our field names; a parser adds the feedback.
 
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
@@ -279,16 +358,16 @@ def _alpaca(record: Record) -> tuple[Turns, Turns]:
     return read_instruction(record), read_reply(record.get("completion"), "output")
 
 
+def _question(record: Record) -> tuple[Turns, Turns]:
+    return read_prompt(record.get("question"), "question"), read_reply(read_text(record.get("answer"), "answer"))
+
+
 def read_instruction(record: Record) -> Turns:
     """The prompt of an alpaca row: its instruction, and input or context below."""
     parts = [read_text(record.get("instruction"), "instruction")]
     given = {name: record.get(name) for name in ("input", "context")}
     parts += [read_text(value, name) for name, value in given.items() if not is_blank(value)]
     return (Message("user", "\n\n".join(parts)),)
-
-
-def _question(record: Record) -> tuple[Turns, Turns]:
-    return read_prompt(record.get("question"), "question"), read_reply(read_text(record.get("answer"), "answer"))
 
 
 def _conversation(column: str, record: Record) -> tuple[Turns, Turns]:
@@ -313,15 +392,6 @@ def _prompt_alone(column: str, record: Record, score_range: Range) -> Parsed:
     return read_instruction(record) if column == "instruction" else read_prompt(record.get(column), column), ()
 
 
-def refuse_unlearned(record: Record) -> None:
-    """Raise :class:`Unreadable` for a row that is marked as not to be learned, or whose mark is neither 0 nor 1."""
-    for name in LEARNED:
-        if not is_blank(mark := record.get(name)) and not flag(mark):
-            whole = flag(mark) is None
-            why = "not 0 or 1, and rows are learned whole or not at all" if whole else "this row is not to be learned"
-            raise Unreadable(f"{name} is {excerpt(mark)}: {why}", f"leave it unread:  {{source}}.columns.{name}=''")
-
-
 def refuse_told_history(own: Turns, prompt: Turns, completions: tuple[Completion, ...]) -> None:
     """Raise :class:`Unreadable` where the earlier turns of a column are those that the conversation begins with."""
     turns = (own, prompt, completions[0].turns if completions else ())
@@ -330,16 +400,6 @@ def refuse_told_history(own: Turns, prompt: Turns, completions: tuple[Completion
     if earlier and [*first, *reply][: len(earlier)] == earlier:
         advice = "leave it unread:  {source}.columns.history=''"
         raise Unreadable("history holds the turns that the conversation begins with", advice)
-
-
-def refuse_invisible(prompt: Turns, completions: tuple[Completion, ...]) -> None:
-    """Raise :class:`Unreadable` for a turn of invisible characters alone; a reply that is not taken as right may be
-    that."""
-    graded = (one.preferred is False or one.label is False or one.score is not None for one in completions)
-    right = (one.turns for one, is_graded in zip(completions, graded, strict=True) if not (is_graded or one.sampled_by))
-    for turn in (*prompt, *(turn for turns in right for turn in turns)):
-        if turn.content and is_invisible(turn.content):
-            raise Unreadable(f"a turn of the {turn.role} has nothing but invisible characters")
 
 
 def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
@@ -399,13 +459,13 @@ def _helpsteer2(record: Record, score_range: Range) -> Parsed:
 def _rated(column: str, best: float, record: Record, score_range: Range) -> Parsed:
     """Several completions, each with its score, or with `ratings` in a column beside, from 1 to `best`."""
     low, high = score_range or (1.0, best)
-    found, ratings = listed(record.get(column)), listed(record.get("ratings"))
-    if not isinstance(found, list) or not found:
+    items, ratings = listed(record.get(column)), listed(record.get("ratings"))
+    if not isinstance(items, list) or not items:
         raise Unreadable(f"{column} is missing or not a list")
-    if ratings is not None and (not isinstance(ratings, list) or len(ratings) != len(found)):
-        raise Unreadable(f"ratings is not a list of {len(found)} numbers, one for each of {column}")
+    if ratings is not None and (not isinstance(ratings, list) or len(ratings) != len(items)):
+        raise Unreadable(f"ratings is not a list of {len(items)} numbers, one for each of {column}")
     completions = []
-    for number, item in enumerate(found):
+    for number, item in enumerate(items):
         field = f"{column}[{number}]"
         known = item if isinstance(item, dict) else {"response": item}
         own = known.get("overall_score")
@@ -457,17 +517,17 @@ def _preference(column: str, record: Record, score_range: Range) -> Parsed:
 
 
 def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
-    found, by = listed(record.get("negatives")), listed(record.get("sampled_by"))
+    replies, by = listed(record.get("negatives")), listed(record.get("sampled_by"))
     log_probs = listed(record.get("negative_log_probs"))
-    if not isinstance(found, list) or not found:
+    if not isinstance(replies, list) or not replies:
         raise Unreadable("negatives is missing, empty or not a list")
-    count = len(found)
+    count = len(replies)
     log_probs = [None] * count if log_probs is None else log_probs
     known = [one for one in log_probs if one is not None] if isinstance(log_probs, list) else [math.nan]
     if not all(is_number(one) and -math.inf < one <= 0 for one in known) or len(log_probs) != count:
         raise Unreadable(f"negative_log_probs is not a list of {count} log-probabilities")
     sampled = []
-    for number, (item, log_prob) in enumerate(zip(found, log_probs, strict=True)):
+    for number, (item, log_prob) in enumerate(zip(replies, log_probs, strict=True)):
         name = by[number] if isinstance(by, list) and len(by) == count else by
         model = "unknown" if name in (None, "") else read_text(name, "sampled_by")
         sampled.append(Completion(read_reply(item, f"negatives[{number}]"), sampled_by=model, log_prob=log_prob))

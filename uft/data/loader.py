@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from uft.data.batch import Batch, Example, Layout, make_example, micro_batches, mismatched
-from uft.data.chat import Tokens
 from uft.data.mixture import Mixture, RowIndex
-from uft.data.rows import Kind, Row, Selection, View
+from uft.data.rows import Kind, Row, Selection, Tokens, View
 from uft.data.table import grouped
 from uft.data.tokens import TokenizedSource
 from uft.distributed import balanced_shards, ranks
@@ -97,14 +96,14 @@ class RowSampler:
 
     def unusable(self) -> dict[str, dict[Kind, Unusable]]:
         """Rows that the objective cannot use at all, by source and kind; only of sources that are drawn from."""
-        found: dict[str, dict[Kind, Unusable]] = {}
+        by_source: dict[str, dict[Kind, Unusable]] = {}
         for source in self.drawn:
             for row, count in grouped(source.rows):
                 if self._view(row, 0) is None:
-                    kinds = found.setdefault(source.source, {})
+                    kinds = by_source.setdefault(source.source, {})
                     before = kinds.get(row.kind, Unusable(0, row.id))
                     kinds[row.kind] = Unusable(before.rows + count, before.first)
-        return found
+        return by_source
 
     @property
     def drawn(self) -> list[TokenizedSource]:

@@ -124,12 +124,12 @@ def texts_of(value: Any) -> Iterator[str]:
 
 def facts_of(fields: Record, columns: Collection[str]) -> dict[str, Any]:
     """What a record says in the columns of its source's checker, as JSON would give it back; JSON in a text as well."""
-    found = {column: fields[column] for column in columns if not is_blank(fields.get(column))}
-    for column, value in found.items():
+    facts = {column: fields[column] for column in columns if not is_blank(fields.get(column))}
+    for column, value in facts.items():
         if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
             with suppress(ValueError, RecursionError):
-                found[column] = json.loads(value)
-    return dict(json.loads(json.dumps(found, default=str)))
+                facts[column] = json.loads(value)
+    return dict(json.loads(json.dumps(facts, default=str)))
 
 
 def is_number(value: Any) -> bool:
@@ -148,19 +148,20 @@ def unpacked(value: Any) -> Any:
     if isinstance(value, dict) and role_of(value) is not None:
         return [value]
     if isinstance(value, str) and _OBJECTS_TEXT.match(value):
-        found = listed(value, "[{")
-        found = [found] if isinstance(found, dict) else found
-        if isinstance(found, list) and any(isinstance(one, dict) and _is_message(one) for one in found):
-            return found
+        items = listed(value, "[{")
+        items = [items] if isinstance(items, dict) else items
+        objects = [one for one in items if isinstance(one, dict)] if isinstance(items, list) else []
+        if any(role_of(one) is not None and not {"content", "value"}.isdisjoint(one) for one in objects):
+            return items
     return value
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of these fields. Raises :class:`Unreadable` where one is named twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise Unreadable(f"names a field twice: {repeated(name for name, _ in pairs)}")
-    return found
+    return fields
 
 
 def repeated(names: Iterable[str]) -> str:
@@ -178,10 +179,6 @@ def refuse_repeated(text: str) -> None:
         raise
     except (ValueError, RecursionError):  # no JSON
         return
-
-
-def _is_message(item: Record) -> bool:
-    return role_of(item) is not None and not {"content", "value"}.isdisjoint(item)
 
 
 def listed(value: Any, begins: str = "[") -> Any:
@@ -218,7 +215,13 @@ def read_reply(value: Any, field: str = "completion") -> Turns:
 def with_context(prompt: Turns, record: Record) -> Turns:
     """The prompt with the system text, the earlier turns and the tools that stand in columns of their own."""
     refuse_media(record, ROW)
-    prompt = with_system(with_history(prompt, record.get("history")), record.get("system"))
+    prompt = with_history(prompt, record.get("history"))
+    if not is_blank(system := record.get("system")):
+        first = Message("system", read_text(system, "system"))
+        if prompt[0].role != "system":
+            prompt = (first, *prompt)
+        elif prompt[0].content.strip() != first.content.strip():
+            raise Unreadable("system differs from the system turn of the prompt")
     given = {name: record[name] for name in ("tools", "functions") if not is_blank(record.get(name))}
     if not given or not (extra := read_extra(given, "")):
         return prompt
@@ -231,25 +234,11 @@ def with_context(prompt: Turns, record: Record) -> Turns:
 
 def with_reasoning(reply: Turns, reasoning: Any) -> Turns:
     """The reply with the reasoning that stands in a column of its own."""
-    if is_blank(reasoning):
-        return reply
     said = json.loads(reply[0].extra or "{}")
     if len(reply) > 1 or said.setdefault("reasoning_content", reasoning) != reasoning:
         why = "differs from the message's" if len(reply) == 1 else "is of one reply, and the row has several turns"
         raise Unreadable(f"reasoning_content {why}", "leave it unread:  {source}.columns.reasoning_content=''")
     return (replace(reply[0], extra=read_extra(said, "")),)
-
-
-def with_system(turns: Turns, system: Any) -> Turns:
-    """The prompt with a system turn in front, unless `system` is blank or the prompt begins with that very turn."""
-    if is_blank(system):
-        return turns
-    turn = Message("system", read_text(system, "system"))
-    if turns[0].role != "system":
-        return (turn, *turns)
-    if turns[0].content.strip() != turn.content.strip():
-        raise Unreadable("system differs from the system turn of the prompt")
-    return turns
 
 
 def under_system(prompt: Turns, system: str | None) -> Turns:
@@ -358,7 +347,13 @@ def _read_message(item: Any, field: str) -> Message | None:
     extra = read_extra(item, field)
     if role == "system" and is_blank(content):
         return Message(role, "", extra) if extra else None
-    learned = _read_learned(item, field) if role == "assistant" else None
+    marks = {name: item[name] for name in MARKS if role == "assistant" and not is_blank(item.get(name))}
+    for name, value in marks.items():
+        if flag(value) is None:
+            raise Unreadable(f"{field}.{name} is {excerpt(value)}, not 0 or 1")
+    if len(set(map(flag, marks.values()))) > 1:
+        raise Unreadable(f"{field} has marks that contradict each other: {', '.join(marks)}")
+    learned = next(map(flag, marks.values()), None)
     if is_blank(content) and {"tool_calls", "function_call"} & set(said):
         return Message(role, "", extra, learned)
     if content is None:
@@ -369,42 +364,17 @@ def _read_message(item: Any, field: str) -> Message | None:
 
 def refuse_media(fields: Record, where: str) -> None:
     """Raise :class:`Unreadable` where a row or a message brings more than text, which nothing here can train on."""
-    found = sorted(name for name in MEDIA & fields.keys() if not is_blank(fields[name]))
-    if found:
-        left = [f"{{source}}.columns.{name}=''" for name in found] if where == ROW else []
+    brought = sorted(name for name in MEDIA & fields.keys() if not is_blank(fields[name]))
+    if brought:
+        left = [f"{{source}}.columns.{name}=''" for name in brought] if where == ROW else []
         advice = [f"leave it unread:  {' '.join(left)}"] if left else []
-        raise Unreadable(f"{where} has {', '.join(found)}: only text can be trained on", *advice)
+        raise Unreadable(f"{where} has {', '.join(brought)}: only text can be trained on", *advice)
 
 
 def read_extra(item: Record, field: str) -> str:
     """JSON of the fields of a message, besides its text, that a template may render; "" where it has none."""
     field = f"{field}." if field else ""
-    item = _renewed(item, field)
-    found = {name: item[name] for name in MESSAGE_FIELDS if not is_blank(item.get(name))}
-    if role_of(item) != "tool":  # the name of a speaker is no name of a tool
-        found.pop("name", None)
-    reasoning = next((item[name] for name in REASONING if not is_blank(item.get(name))), None)
-    if reasoning is not None:
-        found["reasoning_content"] = read_text(reasoning, f"{field}reasoning_content")
-    for name in ("tools", "tool_calls"):
-        if is_blank(value := listed(found.get(name))):  # also "[]"
-            found.pop(name, None)
-            continue
-        value = [_parsed(one) for one in value] if isinstance(value, list) else value
-        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-            items = value if isinstance(value, list) else []
-            odd = next((f" with {type_name(one)}" for one in items if not isinstance(one, dict)), "")
-            raise Unreadable(f"{field}{name} is {type_name(value)}{odd}, not a list of objects")
-        found[name] = [_read_call(one, f"{field}tool_calls") for one in value] if name == "tool_calls" else value
-    try:
-        return read_text(json.dumps(found, ensure_ascii=False), f"{field}{', '.join(found)}") if found else ""
-    except (TypeError, ValueError) as error:
-        raise Unreadable(f"{field}{', '.join(found)} cannot be written as JSON: {error}") from None
-
-
-def _renewed(item: Record, field: str) -> Record:
-    """The fields with OpenAI's older `function_call` and `functions` as `tool_calls` and `tools`."""
-    for old, new in (("function_call", "tool_calls"), ("functions", "tools")):
+    for old, new in (("function_call", "tool_calls"), ("functions", "tools")):  # OpenAI's older form
         if is_blank(value := item.get(old)):
             continue
         if not is_blank(item.get(new)):
@@ -414,7 +384,26 @@ def _renewed(item: Record, field: str) -> Record:
         if not all(isinstance(one, dict) for one in functions):
             raise Unreadable(f"{field}{old} is no function")
         item = {**item, new: [{"type": "function", "function": one} for one in functions]}
-    return item
+    extra = {name: item[name] for name in MESSAGE_FIELDS if not is_blank(item.get(name))}
+    if role_of(item) != "tool":  # the name of a speaker is no name of a tool
+        extra.pop("name", None)
+    reasoning = next((item[name] for name in REASONING if not is_blank(item.get(name))), None)
+    if reasoning is not None:
+        extra["reasoning_content"] = read_text(reasoning, f"{field}reasoning_content")
+    for name in ("tools", "tool_calls"):
+        if is_blank(value := listed(extra.get(name))):  # also "[]"
+            extra.pop(name, None)
+            continue
+        value = [_parsed(one) for one in value] if isinstance(value, list) else value
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            items = value if isinstance(value, list) else []
+            odd = next((f" with {type_name(one)}" for one in items if not isinstance(one, dict)), "")
+            raise Unreadable(f"{field}{name} is {type_name(value)}{odd}, not a list of objects")
+        extra[name] = [_read_call(one, f"{field}tool_calls") for one in value] if name == "tool_calls" else value
+    try:
+        return read_text(json.dumps(extra, ensure_ascii=False), f"{field}{', '.join(extra)}") if extra else ""
+    except (TypeError, ValueError) as error:
+        raise Unreadable(f"{field}{', '.join(extra)} cannot be written as JSON: {error}") from None
 
 
 def _parsed(value: Any) -> Any:
@@ -441,17 +430,6 @@ def _read_call(call: dict[str, Any], field: str, name: Any = None) -> dict[str, 
         return {**call, "arguments": {}}  # templates refuse, or write, a call that has none
     found = _parsed(_parsed(arguments))  # JSON that was written as JSON once more
     return {**call, "arguments": found} if isinstance(found, dict) else call
-
-
-def _read_learned(item: Record, field: str) -> bool | None:
-    """The mark of an assistant turn: learned, context, or none."""
-    marks = {name: item[name] for name in MARKS if not is_blank(item.get(name))}
-    for name, value in marks.items():
-        if flag(value) is None:
-            raise Unreadable(f"{field}.{name} is {excerpt(value)}, not 0 or 1")
-    if len(set(map(flag, marks.values()))) > 1:
-        raise Unreadable(f"{field} has marks that contradict each other: {', '.join(marks)}")
-    return next(map(flag, marks.values()), None)
 
 
 def flag(value: Any) -> bool | None:

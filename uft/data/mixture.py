@@ -130,8 +130,7 @@ def mixture_weights(portions: Sequence[Portion], ratio: float | None = None) -> 
     Raises :class:`UftError` when some sources have a share and others none, when nothing has any, when a source that
     is to be drawn has no rows, or when there is nothing on one side of `ratio`.
     """
-    problems = _share_problems(portions)
-    raise_problems(problems)
+    raise_problems(_share_problems(portions))
     raw = [float(p.rows if p.share is None else p.share) for p in portions]
     total = sum(raw)
     if ratio is None:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -152,18 +153,13 @@ def _parquet(path: Path) -> Iterator[Found]:
         if twice := repeated(file.schema_arrow.names):
             yield 1, f"names a column twice: {twice[:200]}"
             return
-        names = _class_names(file.schema_arrow.metadata)
+        names = {}  # of classes, as `datasets` writes them
+        with suppress(KeyError, TypeError, AttributeError, ValueError):
+            features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
+            labels = {column: one for column, one in features.items() if isinstance(one, dict) and one.get("names")}
+            names = {column: one["names"] for column, one in labels.items()}
         rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))
         yield from enumerate((row if isinstance(row, str) else with_names(row, names) for row in rows), start=1)
-
-
-def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """The names of classes that `datasets` wrote into a Parquet file."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return {c: one["names"] for c, one in features.items() if isinstance(one, dict) and one.get("names")}
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return {}
 
 
 READERS: dict[str, Reader] = {

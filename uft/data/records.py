@@ -1,105 +1,19 @@
-"""Rows as records: annotations of completions as columns and back, and rows as JSON Lines that
-:mod:`uft.data.sources` reads back without loss.
+"""Rows as JSON Lines that :mod:`uft.data.sources` reads back without loss.
+
+Every kind has the plainest of the formats that hold it, one line per row; scored completions have one line each and
+meet again in one row. All lines of a file must have one format, so all its rows must be of one kind.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from uft.data.messages import Record, Unreadable, is_number, type_name
-from uft.data.rows import BASELINE, SCORE, SOFT_LABEL, Completion, Kind, Message, Row
+from uft.data.formats import ANNOTATION_RULES, SIDES, is_pair
+from uft.data.rows import SCORE, Completion, Kind, Message, Row
 from uft.runs import write_atomically, writing
-
-SIDES = ("score_chosen", "score_rejected")
-
-# --- Annotations: numbers written beside completions, as columns of a record and back.
-#
-# `baseline_logp` is a number where a row has one completion, else a list with one for each: [chosen, rejected] of a
-# pair. `soft_label` is likewise, but a pair has one number, the probability that the chosen one is better; the rejected
-# one has the rest. null, also within a list, is an absent number. Ratings of both sides of a pair (`score_chosen` and
-# `score_rejected`, as binarized UltraFeedback has them) are kept as `score`, on their own scale.
-
-
-Numbers = Sequence[float | None]  # one per completion
-LARGEST = sys.float_info.max
-
-
-class Rule(NamedTuple):
-    """The values that a column may hold. `shared`: one number says both sides of a pair."""
-
-    low: float
-    high: float
-    meaning: str
-    shared: bool = False
-
-
-ANNOTATION_RULES = {
-    BASELINE: Rule(-LARGEST, 0.0, "a mean log-probability, at most 0"),
-    SOFT_LABEL: Rule(0.0, 1.0, "a probability from 0 to 1", shared=True),
-}
-
-
-def with_annotations(record: Record, completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
-    """The completions with the numbers of the record's columns. Raises :class:`Unreadable` with the reason."""
-    given = [name for name in ANNOTATION_RULES if record.get(name) is not None]
-    columns = {name: _per_completion(record[name], name, completions) for name in given}
-    if _is_pair(completions):
-        columns[SCORE] = [rating(record.get(side)) for side in SIDES]
-    return tuple(
-        with_numbers(c, {name: column[n] for name, column in columns.items()}) for n, c in enumerate(completions)
-    )
-
-
-def with_numbers(completion: Completion, numbers: Mapping[str, float | None]) -> Completion:
-    """The completion with these numbers in the place of its own of those names; None: without."""
-    known = {name: value for name, value in completion.annotations.items() if name not in numbers}
-    known |= {name: value for name, value in numbers.items() if value is not None}
-    return completion if known == completion.annotations else replace(completion, annotations=known)
-
-
-def _per_completion(value: Any, name: str, completions: Sequence[Completion]) -> Numbers:
-    rule = ANNOTATION_RULES[name]
-    if rule.shared and _is_pair(completions):
-        likely = _bounded_number(value, name, rule)
-        return [likely, 1 - likely]
-    if len(completions) == 1:
-        return [_bounded_number(value, name, rule)]
-    if not isinstance(value, list) or len(value) != len(completions):
-        found = f"{len(value)} of them" if isinstance(value, list) else type_name(value)
-        raise Unreadable(f"{name} is {found}, not a list of {len(completions)} numbers, one per completion")
-    return [None if one is None else _bounded_number(one, f"{name}[{n}]", rule) for n, one in enumerate(value)]
-
-
-def _bounded_number(value: Any, field: str, rule: Rule) -> float:
-    if not is_number(value):
-        raise Unreadable(f"{field} is {type_name(value)}, not a number")
-    if not rule.low <= value <= rule.high:  # NaN is in no range
-        raise Unreadable(f"{field} is {str(value)[:24]}, not {rule.meaning}")
-    return float(value)
-
-
-def rating(value: Any) -> float | None:
-    """A side's rating as a number, also of a text. Few objectives use ratings: one that is no number is left unread."""
-    with suppress(ValueError):
-        value = float(value) if isinstance(value, str) else value
-    return float(value) if is_number(value) and -LARGEST <= value <= LARGEST else None
-
-
-def _is_pair(completions: Sequence[Completion]) -> bool:
-    return len(completions) == 2 and completions[0].preferred is not None
-
-
-# --- Rows as JSON Lines.
-#
-# Every kind has the plainest of the formats that hold it, one line per row; scored completions have one line each and
-# meet again in one row. All lines of a file must have one format, so all its rows must be of one kind.
-
 
 START = '{"row": "'
 """The beginning of every line: the name of the row it was made from."""
@@ -166,12 +80,12 @@ def to_records(row: Row) -> list[dict[str, Any]]:
 
 
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:
-    """The columns from which :func:`with_annotations` reads the same numbers."""
-    found: dict[str, Any] = {}
+    """The columns from which :func:`uft.data.formats.with_annotations` reads the same numbers."""
+    given: dict[str, Any] = {}
     for name, rule in ANNOTATION_RULES.items():
         values = [completion.annotations.get(name) for completion in completions]
         if any(value is not None for value in values):
-            alone = len(values) == 1 or (rule.shared and _is_pair(completions))
-            found[name] = values[0] if alone else values
-    ratings = zip(SIDES, completions, strict=False) if _is_pair(completions) else ()
-    return found | {side: c.annotations[SCORE] for side, c in ratings if SCORE in c.annotations}
+            alone = len(values) == 1 or (rule.shared and is_pair(completions))
+            given[name] = values[0] if alone else values
+    ratings = zip(SIDES, completions, strict=False) if is_pair(completions) else ()
+    return given | {side: c.annotations[SCORE] for side, c in ratings if SCORE in c.annotations}

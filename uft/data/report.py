@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uft.data.chat import Tokens
 from uft.data.mixture import Mixture
-from uft.data.rows import Kind, View
+from uft.data.rows import Kind, Tokens, View
 from uft.data.sources import LoadedSource
 from uft.data.table import claims, grouped, like, prompt_words
 from uft.data.tokens import LengthReport, TokenizedSource
@@ -78,6 +77,10 @@ def data_report(
     seen = np.unique(np.concatenate([np.empty(0, np.uint64), *(prompt_words(source.rows) for source in loaded)]))
     sources = {}
     for number, (source, tokens) in enumerate(zip(loaded, tokenized, strict=True)):
+        labels: Counter[str] = Counter()  # of training rows; none where no row has a label
+        for row, count in grouped(source.rows) if Kind.BINARY in source.kinds else ():
+            if row.kind is Kind.BINARY:
+                labels["good" if row.completions[0].label else "bad"] += count
         sources[source.name] = {
             "path": source.path,
             "kinds": {kind.value: count for kind, count in source.kinds.items()},
@@ -104,22 +107,13 @@ def data_report(
             "cache": tokens.cache,
             **source.omitted.record(),
             **{oddity: source.omitted.oddities[oddity] for oddity in ODDITIES},
-            "labels": _labels(source),
+            "labels": {side: labels[side] for side in ("good", "bad")} if labels else {},
         }
     contents = "\n".join(f"{source.name} {source.digest}" for source in loaded)
     digest = hashlib.sha256(contents.encode()).hexdigest()
     repeated, contradicted = claims([source.rows for source in loaded])
     counts = {"rows_drawn": sum(drawn), "repeated": repeated, "contradicted": contradicted}
     return {**counts, "digest": digest, "seed": mixture.seed, "sources": sources}
-
-
-def _labels(source: LoadedSource) -> dict[str, int]:
-    """How many training rows are labelled good and bad; {} where none has a label."""
-    labels: Counter[str] = Counter()
-    for row, count in grouped(source.rows) if Kind.BINARY in source.kinds else ():
-        if row.kind is Kind.BINARY:
-            labels["good" if row.completions[0].label else "bad"] += count
-    return {name: labels[name] for name in ("good", "bad")} if labels else {}
 
 
 def data_omissions(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:

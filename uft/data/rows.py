@@ -1,4 +1,4 @@
-"""Row: one prompt, its completions, and whatever feedback they carry.
+"""Row: one prompt, its completions, and whatever feedback they carry; and what all ways of rendering make of it.
 
 One frozen record serves every kind of feedback; its kind is derived from what the completions carry, never stored.
 """
@@ -12,7 +12,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BASELINE, SOFT_LABEL, SCORE = "baseline_logp", "soft_label", "score"
 ANNOTATIONS = (BASELINE, SOFT_LABEL)
@@ -216,6 +219,56 @@ def _turn_lists(turns: Sequence[Message]) -> list[list[Any]]:
     ]
 
 
+# --- The tokens of a conversation.
+
+
+Conversation = tuple[Turns, Turns]  # (prompt, the turns after it)
+
+
+class Note(NamedTuple):
+    """A difference between a conversation and the text that its template makes of it."""
+
+    what: str  # in words that follow the template's name
+    turn: int  # the turn's place in the conversation
+    lost: bool = False  # text that was to be supervised is not learned as the row has it
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One prompt with one completion, ready for the model; of a row without any the prompt alone."""
+
+    ids: np.ndarray  # (L,) int32
+    supervised: np.ndarray  # (L,) bool; the last is True, of a prompt alone none
+    prompt_length: int  # tokens before the first supervised one
+    notes: tuple[Note, ...] = ()  # not kept in a cache
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens that have a predictor: all but the first token of the sequence."""
+        return int(self.supervised[1:].sum())
+
+
+def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
+    """Ids cut after the last supervised token; uncut where nothing is supervised, for the check that reports it."""
+    (learned,) = supervised.nonzero()
+    end = int(learned[-1]) + 1 if len(learned) else len(ids)
+    return Tokens(ids[:end], supervised[:end], int(learned[0]) if len(learned) else end)
+
+
+def learned_turns(turns: Turns, first: int, train_on: str) -> list[int]:
+    """The assistant turns from number `first` on that are learned: all but those marked as context, the last of these,
+    or those that are marked to be learned."""
+    replies = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
+    if train_on == "marked":
+        return [number for number in replies if turns[number].learned]
+    learned = [number for number in replies if turns[number].learned is not False]
+    return learned[-1:] if train_on == "last" else learned
+
+
 # --- Rows that may not be meant as they are.
 
 _REPEATED = 16  # characters of a prompt that stand at the start of a reply by chance no more
@@ -242,13 +295,6 @@ FLAT = "flat_log_probs"
 """Log-probs of negatives at temperature 1 and without filters, which is not how they were sampled."""
 
 
-def _flat(sampling: Any) -> bool:
-    """Whether `uft generate` wrote log-probs at temperature 1 beside these settings, as its earlier versions did."""
-    if not isinstance(sampling, dict) or "temperature" not in sampling or "log_probs" in sampling:
-        return False
-    return (sampling["temperature"], sampling.get("top_k") or 0, sampling.get("top_p") or 1) != (1, 0, 1)
-
-
 def _has_stray_result(turns: Turns) -> bool:
     """Whether the result of a tool names a call that no turn before it makes."""
     made = ""
@@ -266,28 +312,31 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
     `sampling`: the settings that `uft generate` wrote beside the row's negatives.
     """
     said = (*row.prompt, *(turn for one in row.completions for turn in one.turns))
-    found = ["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else []
+    odd = ["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else []
     if _HEADER.search(row.prompt[-1].content):
-        found.append("rendered_prompts")
-    found += ["null_fields"] if any(": null" in turn.extra for turn in said) else []
-    found += ["text_arguments"] if any('"arguments": "' in turn.extra for turn in said) else []
-    found += ["void_replies"] if any(one.text.strip().lower() in _VOID for one in row.completions) else []
+        odd.append("rendered_prompts")
+    odd += ["null_fields"] if any(": null" in turn.extra for turn in said) else []
+    odd += ["text_arguments"] if any('"arguments": "' in turn.extra for turn in said) else []
+    odd += ["void_replies"] if any(one.text.strip().lower() in _VOID for one in row.completions) else []
     if not row.completions:
-        return found
+        return odd
     replies = [turn for one in row.completions for turn in one.turns if turn.role == "assistant"]
-    found += ["written_stops"] if any(_STOPS.search(turn.content) for turn in replies) else []
-    found += ["written_speakers"] if any(_SPEAKERS.search(turn.content) for turn in replies) else []
+    odd += ["written_stops"] if any(_STOPS.search(turn.content) for turn in replies) else []
+    odd += ["written_speakers"] if any(_SPEAKERS.search(turn.content) for turn in replies) else []
     twice = any('"reasoning_content"' in turn.extra and "<think>" in turn.content for turn in replies)
-    found += ["repeated_reasoning"] if twice else []
-    found += ["stray_results"] if any(_has_stray_result((*row.prompt, *one.turns)) for one in row.completions) else []
+    odd += ["repeated_reasoning"] if twice else []
+    odd += ["stray_results"] if any(_has_stray_result((*row.prompt, *one.turns)) for one in row.completions) else []
     first, last = row.completions[0], row.completions[-1]
-    found += [FLAT] if last.log_prob is not None and _flat(sampling) else []
+    # without the word log_probs earlier versions wrote them, at temperature 1
+    known = sampling if isinstance(sampling, dict) and "log_probs" not in sampling else {}
+    filtered = (known.get("temperature"), known.get("top_k") or 0, known.get("top_p") or 1) != (1, 0, 1)
+    odd += [FLAT] if last.log_prob is not None and "temperature" in known and filtered else []
     if first.preferred is not None:
         scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
         said_by = ([(turn.content.strip(), turn.extra) for turn in side.turns] for side in (first, last))
-        found += ["equal_pairs"] if next(said_by) == next(said_by) else []
-        found += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
+        odd += ["equal_pairs"] if next(said_by) == next(said_by) else []
+        odd += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
     question = row.prompt[-1].content.strip()
     if len(question) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(question) for c in row.completions):
-        found.append("repeated_prompts")
-    return found
+        odd.append("repeated_prompts")
+    return odd

@@ -25,11 +25,11 @@ from urllib.parse import urlsplit
 import uft
 from uft.data import formats
 from uft.data.formats import Format
-from uft.data.messages import Unreadable, facts_of, is_blank
+from uft.data.messages import Unreadable, facts_of
 from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
 from uft.data.rows import Kind, Row, content_digest, oddities, slice_bounds
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
-from uft.data.unread import FEEDBACK, Unread, is_verdict, says_more, unread_feedback, unread_meaning
+from uft.data.unread import FEEDBACK, FileFormat, Said, Unread, unread_feedback, unread_meaning
 from uft.errors import BAD_REQUEST, Problem, UftError, did_you_mean, first_line, tame
 from uft.heartbeat import activity, beat, report_progress
 from uft.runs import cache_root, file_digest
@@ -111,29 +111,29 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             footer="Add one:  uft train data=files +data.sources.mine.path=x.jsonl",
         )
     loaded = [_load(name, source, settings) for name, source in sorted(settings.sources.items())]
-    problems = [problem for found in loaded for problem in found.omitted.refused]
-    bad = list({row[:2]: row for found in loaded for row in found.omitted.bad}.values())  # of a file read twice, once
+    problems = [problem for one in loaded for problem in one.omitted.refused]
+    bad = list({row[:2]: row for one in loaded for row in one.omitted.bad}.values())  # of a file read twice, once
     strict = settings.bad_rows == "error"
     if strict:
         problems += [Problem(row.where, row.why, advice=tuple(row.advice)) for row in bad[:SPELLED_OUT]]
         if len(bad) > SPELLED_OUT:
             problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
-    for found in loaded:
-        name, unusable = found.name, found.omitted.bad
-        if found.omitted.refused:
+    for one in loaded:
+        name, unusable = one.name, one.omitted.bad
+        if one.omitted.refused:
             continue
-        if not found.rows and found.held_out and not found.apart:
+        if not one.rows and one.held_out and not one.apart:
             own = settings.sources[name].holdout
             amount = settings.holdout if own is None else own
             key, why = f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"
             line = f"evaluate on no row of it:  data.sources.{name}.holdout=0"
             problems.append(Problem(key, why, advice=(line,)))
-        elif not found.rows and not (strict and unusable):
+        elif not one.rows and not (strict and unusable):
             why = f"no row could be used: {unusable[0].why}" if unusable else "there are no rows in it"
             advice = tuple(unusable[0].advice) if unusable else ()
-            problems.append(Problem(f"data.sources.{name}.path={found.path}", why, advice=advice))
+            problems.append(Problem(f"data.sources.{name}.path={one.path}", why, advice=advice))
     if problems:
-        good = bad and strict and any(found.rows or found.held_out for found in loaded)  # else it would leave none
+        good = bad and strict and any(one.rows or one.held_out for one in loaded)  # else it would leave none
         raise UftError(*problems, footer="Train on the good rows alone:  data.bad_rows=drop" if good else "")
     return loaded
 
@@ -195,7 +195,11 @@ def _parse(
     files = [table.file for table in tables if table.file is not None]
     key = None
     if is_valid and files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
-        key = _cache_key(source, limit, files)
+        digests = [[str(file), file_digest(file)] for file in files]  # of their content
+        scores = source.score_range and list(source.score_range)
+        settings = [dict(source.columns), source.kind, scores, limit, source.facts]
+        parts = json.dumps([uft.__version__, CODE_VERSION, settings, digests], sort_keys=True)
+        key = hashlib.sha256(parts.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         try:
             table, notes = open_table(folder / key, row_schema())
             bad = [BadRow(*row) for row in notes["bad"]]
@@ -215,18 +219,14 @@ def _parse(
             if error.code != BAD_REQUEST:  # about the disk that rows are kept on
                 raise
             omitted.refused += error.problems
-        if len(tables) > 1:
-            omitted.refused[told:] = [_in_file(records.name, problem) for problem in omitted.refused[told:]]
+        for number, problem in enumerate(omitted.refused[told:] if len(tables) > 1 else (), told):
+            typed = any("data.sources." in line for line in problem.advice)
+            every = ("these lines are for all files of the folder: one of another layout needs a place of its own",)
+            more = every if typed else ()
+            omitted.refused[number] = replace(problem, where=records.name, advice=(*problem.advice, *more))
     if omitted.refused:
         return (), omitted
     return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted
-
-
-def _in_file(name: str, problem: Problem) -> Problem:
-    """A problem of one of several files, whose lines of advice are for all of them."""
-    typed = any("data.sources." in line for line in problem.advice)
-    more = ["these lines are for all files of the folder: one of another layout needs a place of its own"] * typed
-    return replace(problem, where=name, advice=(*problem.advice, *more))
 
 
 def _parse_table(
@@ -234,16 +234,17 @@ def _parse_table(
 ) -> None:
     """Add the rows of one file to `good`; all else, and why the file is refused, to `omitted`. Raises UftError where
     the file cannot be read to its end."""
-    scan, form, problem = records.scan, None, None
+    scan, form, facts = records.scan, None, source.facts
+    said = scan.said.renamed(source.columns, source.kind)
     if scan.count and is_valid:
         try:
-            form, problem = _recognise(name, source, scan)
+            form = _recognise(name, source, scan, said)
         except UftError as error:
             omitted.refused += error.problems
     score_range = (source.score_range[0], source.score_range[1]) if is_valid and source.score_range else None
-    left, facts, counted = Unread(), source.facts, f"rows of {name}"
+    left = Unread(texts=said.texts, words=said.words)
     for number, record in records:
-        report_progress(number, scan.count, counted)
+        report_progress(number, scan.count, f"rows of {name}")
         where = f"{records.name}:{number}"
         if isinstance(record, str):  # why the reader could make no record of it
             omitted.bad.append(BadRow(where, record, []))
@@ -261,32 +262,20 @@ def _parse_table(
             omitted.bad.append(BadRow(where, str(error), advice))
             continue
         good.add(replace(row, facts=facts_of(fields, facts)) if facts else row)
-        left.add(form, {n: value for n, value in fields.items() if n not in facts}, row, source.kind is not None)
+        left.add_row(form, {n: value for n, value in fields.items() if n not in facts}, row, source.kind is not None)
         omitted.oddities.update(oddities(row, fields.get("sampling")))
-    omitted.unread += left.columns
+    omitted.unread += left.rows
     if form is not None:
-        names = name, source.columns, scan.columns
-        texts, verdicts = (
-            found | formats.rename(scanned, source.columns, source.kind)
-            for found, scanned in ((left.texts, scan.texts), (left.words, scan.words))
-        )
-        within = unread_feedback(form, left.columns, *names, texts, verdicts)  # messages and objects
-        feedback = None if source.kind else problem or next(within, None)
-        found = (feedback, unread_meaning(form, left, *names))
-        omitted.refused += [one for one in found if one is not None]
+        file = FileFormat(form, name, source.columns, scan.columns)
+        feedback = (*unread_feedback(file, said), *unread_feedback(file, left))  # of columns, then also within them
+        problems = (None if source.kind else next(iter(feedback), None), unread_meaning(file, left))
+        omitted.refused += [one for one in problems if one is not None]
 
 
-def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
-    """Everything that the rows of these files depend on; the files themselves by their content."""
-    digests = [[str(file), file_digest(file)] for file in files]
-    settings = [dict(source.columns), source.kind, source.score_range and list(source.score_range), limit, source.facts]
-    key = json.dumps([uft.__version__, CODE_VERSION, settings, digests], sort_keys=True)
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _recognise(name: str, source: Source, table: Scan, said: Said) -> Format:
+    """The format, by the columns that at least half of the records have: one stray or missing key is a row's fault.
 
-
-def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem | None]:
-    """The format, and the problem of feedback that it leaves unread. The format is found by the columns that
-    at least half of the records have: one stray or missing key is a row's fault. Raises UftError where there is none.
+    Raises UftError where there is none. `said`: the table's under our names; columns for a checker are taken out of it.
     """
     why, listed = "no such column in the data", f"columns: {_listing(table.columns)}"
     missing = {  # an empty name: the field is left unread
@@ -296,8 +285,7 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
     }
     if missing:
         raise UftError(*(Problem(f"data.sources.{name}.columns.{what}", why, advice=a) for what, a in missing.items()))
-    told = formats.rename(table.told, source.columns, source.kind)
-    if source.facts and not any(map(told.get, source.facts)):
+    if source.facts and not any(map(said.rows.get, source.facts)):
         why = f"reads {', '.join(source.facts)}, and the data has no such column"
         key = f"data.sources.{name}"
         advice = (
@@ -306,15 +294,13 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
             listed,
         )
         raise UftError(Problem(f"{key}.checker={source.checker}", why, advice=advice))
-    told = {column: count for column, count in told.items() if column not in source.facts}
+    for column in source.facts:
+        said.rows.pop(column, None)
     common = {c: c for c, count in table.columns.items() if 2 * count >= table.count}
     usual = formats.rename(common, source.columns, source.kind)
-    columns = {column for column in usual if told.get(column) or column not in FEEDBACK}
+    columns = {column for column in usual if said.rows.get(column) or column not in FEEDBACK}
     mapped = [ours for ours, theirs in source.columns.items() if theirs and ours not in source.facts]
-    form = formats.recognise(columns, source.kind, mapped, name)
-    texts, verdicts = (formats.rename(one, source.columns, source.kind) for one in (table.texts, table.words))
-    feedback = unread_feedback(form, told, name, source.columns, table.columns, texts, verdicts)
-    return form, None if source.kind else next(feedback, None)
+    return formats.recognise(columns, source.kind, mapped, name)
 
 
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
@@ -325,9 +311,7 @@ class Scan:
     """The first reading of a table."""
 
     columns: Counter[str] = field(default_factory=Counter)  # column -> records that have it
-    told: Counter[str] = field(default_factory=Counter)  # column -> records in which it says something
-    texts: Counter[str] = field(default_factory=Counter)  # column -> records in which it says more than a grade
-    words: Counter[str] = field(default_factory=Counter)  # column -> records in which it is a word for good or bad
+    said: Said = field(default_factory=Said)  # by column
     count: int = 0  # records that could be read
     kept: list[Found] = field(default_factory=list)  # all of them, of a small file
 
@@ -351,18 +335,17 @@ class RecordTable:
 
     @cached_property
     def scan(self) -> Scan:
-        found = Scan()
+        scan = Scan()
         for number, record in self.find():
             beat()
             if isinstance(record, dict):
-                found.columns.update(record.keys())
-                found.told.update({column: int(not is_blank(value)) for column, value in record.items()})
-                found.texts.update({column: int(says_more(value, self.textual)) for column, value in record.items()})
-                found.words.update(column for column, value in record.items() if is_verdict(value))
-                found.count += 1
+                scan.columns.update(record.keys())
+                for column, value in record.items():
+                    scan.said.add(column, value, self.textual)
+                scan.count += 1
             if self.small:
-                found.kept.append((number, record))
-        return found
+                scan.kept.append((number, record))
+        return scan
 
 
 @dataclass(frozen=True)
@@ -449,11 +432,9 @@ def _file(path: Path, place: Place) -> RecordTable:
         if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
             raise place.problem("changed while it was read", "wait until the program that writes it is done")
 
-    textual, small = (
-        suffix_of(path) in (".csv", ".tsv"),
-        before.st_size <= KEPT_BYTES and path.suffix == suffix_of(path),
-    )
-    return RecordTable(str(path), find, path, textual=textual, small=small)
+    suffix = suffix_of(path)
+    small = before.st_size <= KEPT_BYTES and path.suffix == suffix
+    return RecordTable(str(path), find, path, textual=suffix in (".csv", ".tsv"), small=small)
 
 
 def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
@@ -498,11 +479,8 @@ def _is_repository(path: Path) -> bool:
     if not card.is_file():
         return False
     named = re.match(rb"---\s*\n(?:(?!---).*\n)*?configs:", card.read_bytes())
-    return bool(named) or any(p.is_file() and reader_of(p) for folder in path.iterdir() for p in _visible(folder))
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    return folder.iterdir() if folder.is_dir() and not folder.name.startswith(".") else iter(())
+    folders = (folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    return bool(named) or any(p.is_file() and reader_of(p) for folder in folders for p in folder.iterdir())
 
 
 def _saved_dataset(path: Path, place: Place) -> RecordTable:

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
-from itertools import groupby, repeat
+from itertools import accumulate, groupby, repeat
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,8 +27,7 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
 from uft.data.messages import texts_of
-from uft.data.plain import Note, without_end
-from uft.data.rows import Message, Turns
+from uft.data.rows import Message, Note, Turns
 from uft.errors import Problem, UftError, did_you_mean
 
 if TYPE_CHECKING:
@@ -84,6 +86,10 @@ class Template:
                 raise LimitExceeded(f"it writes {len(one.text):,} characters where the conversation has {size:,}")
         return rendered
 
+    def write(self, turns: Turns, add_generation_prompt: bool = False) -> str:
+        """The text of one conversation."""
+        return self.render([turns], add_generation_prompt)[0].text
+
 
 FORMS = {
     "qwen3": "<|im_start|> <|im_end|>",
@@ -116,10 +122,10 @@ def rival_templates(folder: Path) -> str:
     if own is not None and not own.strip():
         return "chat_template.jinja is empty: its rows are joined without a template"
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found: Any = None
+        beside: Any = None
         with suppress(OSError, ValueError, AttributeError):
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-        named = found if isinstance(found, list) else [{"name": "default", "template": found}]
+            beside = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+        named = beside if isinstance(beside, list) else [{"name": "default", "template": beside}]
         texts = [one["template"] for one in named if isinstance(one, dict) and one.get("name") == "default"]
         unread = own is not None or name == "chat_template.json"
         if unread and any(isinstance(text, str) and text.strip() != (own or "").strip() for text in texts):
@@ -128,21 +134,40 @@ def rival_templates(folder: Path) -> str:
     return ""
 
 
-def unknown_marks(form: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens that a form writes and a tokenizer lacks: they would be learned letter by letter."""
-    vocabulary = tokenizer.get_vocab() if form in FORMS else {}
-    return [mark for mark in FORMS.get(form, "").split() if mark not in vocabulary]
+def read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a value of `data.template`. Raises UftError where it cannot be had, or writes marks of turns that the
+    tokenizer lacks: they would be learned letter by letter."""
+    vocabulary = tokenizer.get_vocab() if path in FORMS else {}
+    if missing := [mark for mark in FORMS.get(path, "").split() if mark not in vocabulary]:
+        why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
+        raise UftError(Problem(f"data.template={path}", why))
+    if path == "auto":
+        try:
+            return str(tokenizer.get_chat_template())
+        except ValueError:
+            names = ", ".join(sorted(map(str, tokenizer.chat_template)))  # a dictionary
+            why = f"the tokenizer has templates of the names {names}, and no default"
+            advice = ("write the one to be used into a file:  data.template=FILE.jinja",)
+            raise UftError(Problem("data.template=auto", why, advice=advice)) from None
+    file = template_file(path)
+    if not os.path.isfile(file):
+        advice = (f"choices: {', '.join(NAMES)}, or a Jinja file",)
+        raise UftError(Problem(f"data.template={path}", "no such file", advice=advice))
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
 
 
 def forms_for(template: str, variables: Mapping[str, Any]) -> list[str]:
     """The form that a family's own template, as Jinja, may be replaced by, if there is one: it writes the family's
     marks, and generation starts from the same text."""
-    found = (name for name, marks in FORMS.items() if all(mark in template for mark in marks.split()))
-    likely = [name for name in found if _SIGNS.get(name, "") in template]
+    alike = (name for name, marks in FORMS.items() if all(mark in template for mark in marks.split()))
+    likely = [name for name in alike if _SIGNS.get(name, "") in template]
 
     def start(text: str) -> str:
         with suppress(*TEMPLATE_ERRORS):
-            return _start(Template(text, variables).render, (Message("user", "?"),))
+            return Template(text, variables).write((Message("user", "?"),), True)
         return ""
 
     own = start(template) if likely else ""
@@ -195,11 +220,10 @@ CHANGING = {
 
 END = "\ue002"
 """A private-use character that marks a place in contents."""
-Render = Callable[..., list[Rendered]]  # of a Template
 
 
 def as_generated(
-    render: Render, turns: Turns, first: int, stops: Sequence[str], ends: Sequence[str]
+    template: Template, turns: Turns, first: int, stops: Sequence[str], ends: Sequence[str]
 ) -> tuple[str, dict[int, CharSpan]] | int:
     """(the text, the characters of every reply from turn `first` on with its stop token); or the number of a turn
     whose text cannot be told apart. Raises one of TEMPLATE_ERRORS.
@@ -208,8 +232,9 @@ def as_generated(
     """
     text, places = "", dict[int, CharSpan]()
     for number in (place for place in range(first, len(turns)) if turns[place].role == "assistant"):
-        before = _between(render, turns, max(places), number, ends) if places else _start(render, turns[:number])
-        reply = _last_reply(render, turns[: number + 1], stops)
+        prompt = turns[:number]
+        before = _between(template, prompt, max(places), ends) if places else template.write(prompt, True)
+        reply = _last_reply(template, turns[: number + 1], stops)
         if before is None or reply is None:
             return number
         places[number] = (len(text) + len(before), len(text) + len(before) + len(reply))
@@ -217,33 +242,35 @@ def as_generated(
     return text, places
 
 
-def _start(render: Render, turns: Turns) -> str:
-    return render([turns], add_generation_prompt=True)[0].text
-
-
-def _last_reply(render: Render, turns: Turns, stops: Sequence[str]) -> str | None:
+def _last_reply(template: Template, turns: Turns, stops: Sequence[str]) -> str | None:
     """What stands between the text that generation starts from and the end of the last turn; where the template drops
     the system prompt before a reply, of the conversation without it."""
     for known in (turns, tuple(turn for turn in turns if turn.role != "system")):
-        start, text = _start(render, known[:-1]), render([known])[0].text
+        start, text = template.write(known[:-1], True), template.write(known)
         if text.startswith(start):
             ends = [place + len(stop) for stop in stops if (place := text.find(stop, len(start))) >= 0]
             return text[len(start) : min(ends)] if ends else None
     return None
 
 
-def _between(render: Render, turns: Turns, last: int, number: int, ends: Sequence[str]) -> str | None:
-    """What generation of turn `number` starts from, after the end of the reply `last`."""
-    start, following = _start(render, turns[:number]), turns[last + 1]
+def _between(template: Template, prompt: Turns, last: int, ends: Sequence[str]) -> str | None:
+    """What generation of a reply starts from, after the end of the reply `last` in its prompt."""
+    start, following = template.write(prompt, True), prompt[last + 1]
     for content in (following.content, following.content.strip()):
-        marked = _start(
-            render, (*turns[: last + 1], replace(following, content=END + content), *turns[last + 2 : number])
-        )
-        before, mark, after = marked.partition(END)
+        marked = (*prompt[: last + 1], replace(following, content=END + content), *prompt[last + 2 :])
+        before, mark, after = template.write(marked, True).partition(END)
         places = [place + len(end) for end in ends if (place := before.rfind(end)) >= 0]
         if mark and before + after == start and places:
             return start[max(places) :]
     return None
+
+
+def fill(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, dict[int, CharSpan]]:
+    """A skeleton's text with `contents` in it, and the characters of each."""
+    filled = [contents[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)]
+    ends = list(accumulate(map(len, filled)))
+    places = zip(map(int, pieces[1::2]), zip(ends[::2], ends[1::2], strict=False), strict=True)
+    return "".join(filled), dict(places)
 
 
 def check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
@@ -279,12 +306,11 @@ def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Not
     squeezed = "".join(text.split())
     for number, turn in enumerate(turns):
         fields = json.loads(turn.extra) if turn.extra else {}
-        found = {name: fields[name] for name in ("tools", "tool_calls") if name in fields}
-        parts = {name: [one.get("function", one) for one in ones] for name, ones in found.items()}
-        required = {
-            f"does not render {name}": [*texts_of([[one.get("name"), one.get("arguments")] for one in ones])]
-            for name, ones in parts.items()
-        }
+        required = {}
+        for name in (name for name in ("tools", "tool_calls") if name in fields):
+            functions = [one.get("function", one) for one in fields[name]]
+            said = [[one.get("name"), one.get("arguments")] for one in functions]
+            required[f"does not render {name}"] = [*texts_of(said)]
         required["does not render reasoning_content"] = [fields.get("reasoning_content", "")]
         required[f"leaves out, or changes the text of, {turn.role} turns"] = [turn.content]
         for what, words in required.items():
@@ -342,6 +368,22 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     offsets: list[CharSpan]
+
+
+def without_end(content: str, ends: Sequence[str]) -> str:
+    """A reply without the token that ends it, and the white space after that, where it spells one of `ends`."""
+    stripped = content.rstrip()
+    end = next(filter(stripped.endswith, ends), "")
+    return stripped.removesuffix(end) if end else content
+
+
+def token_span(offsets: Sequence[CharSpan], span: CharSpan) -> tuple[int, int]:
+    """[first, last) of the tokens that hold a character of `span`.
+
+    A token that stands for trimmed white space, and so for no character, lies at the end of that space.
+    """
+    start, end = span
+    return bisect_right(offsets, start, key=itemgetter(1)), bisect_left(offsets, end, key=itemgetter(0))
 
 
 class LiteralSpecials:

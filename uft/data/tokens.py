@@ -20,9 +20,8 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-from uft.data.chat import Renderer, Tokens, advice_about, finish
-from uft.data.plain import learned_turns
-from uft.data.rows import Row, content_digest
+from uft.data.chat import Renderer, advice_about
+from uft.data.rows import Row, Tokens, content_digest, finish, learned_turns
 from uft.data.table import Corrupt, TableFile, TableWriter, open_table, pick
 from uft.errors import Problem, UftError, raise_problems
 from uft.heartbeat import activity, report_progress
@@ -77,17 +76,8 @@ def tokenize(
     Raises :class:`UftError` for rows that are too long under error, whose supervised tokens make no sense, or whose
     supervised text the template changes. Other differences that it makes are logged with their counts.
     """
-    source = _tokenize(name, rows, renderer, max_length, too_long, cache_dir)
-    for what, count, first in source.report.notes:
-        times = "once, in" if count == 1 else f"{count:,} times, first in"
-        log.warning("data.sources.%s: %s %s: %s row %s", name, renderer.name, what, times, first)
-    return source
-
-
-def _tokenize(
-    name: str, rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str, cache_dir: Path | None
-) -> TokenizedSource:
     folder, state = None, "off"
+    report: LengthReport | None = None
     if cache_dir is not None:
         policies = f"{too_long} {renderer.lost_text}"
         parts = (content_digest(rows), renderer.digest, str(max_length), policies, str(CODE_VERSION))
@@ -96,26 +86,29 @@ def _tokenize(
             with activity("tokens were read", moving=True):
                 table, notes = open_table(folder, SCHEMA)
             pairs = {key: tuple(map(tuple, notes["report"][key])) for key in ("lengths", "notes")}
-            report = LengthReport(**{**notes["report"], **pairs})
-            encoded = EncodedRows(table)
-            return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, "hit")
+            report, state = LengthReport(**{**notes["report"], **pairs}), "hit"
         except FileNotFoundError:
             pass
         except Corrupt as error:
             log.warning("token cache %s is corrupt (%s): tokenising again", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
             state = "rebuilt"
-    with TableWriter(folder, SCHEMA) as writer:
-        report = _encode(name, rows, renderer, max_length, too_long, writer)
-        published: TableFile | None = None
-        if folder is not None:
-            try:
-                with activity("tokens were written", moving=True):
-                    published = writer.publish({"report": asdict(report)})
-            except OSError as error:
-                log.warning("tokens are not kept for the next run: %s", error)
-                state = "off"
-        encoded = EncodedRows(published or writer.unpublished(in_memory=True))
+    if report is None:
+        with TableWriter(folder, SCHEMA) as writer:
+            report = _encode(name, rows, renderer, max_length, too_long, writer)
+            published: TableFile | None = None
+            if folder is not None:
+                try:
+                    with activity("tokens were written", moving=True):
+                        published = writer.publish({"report": asdict(report)})
+                except OSError as error:
+                    log.warning("tokens are not kept for the next run: %s", error)
+                    state = "off"
+            table = published or writer.unpublished(in_memory=True)
+    for what, count, first in report.notes:
+        times = "once, in" if count == 1 else f"{count:,} times, first in"
+        log.warning("data.sources.%s: %s %s: %s row %s", name, renderer.name, what, times, first)
+    encoded = EncodedRows(table)
     return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, state)
 
 
@@ -303,29 +296,25 @@ def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | 
     if renderer.train_on != "marked" and not all(learned_turns(c.turns, 0, renderer.train_on) for c in row.completions):
         unlearned = "every assistant turn of a completion is marked as not to be learned"
         return Problem(f"row {row.id}", unlearned, advice=("give one a weight of 1, or leave the row out",))
-    if why := _mask_fault(tokens, renderer) if row.completions else None:
-        return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
+    bos = renderer.tokenizer.bos_token_id
+    for one in tokens if row.completions else ():
+        why = ""  # the template is a likely cause
+        if not one.supervised[1:].any():
+            why = "no token is supervised"
+        elif one.supervised.all():
+            why = "every token is supervised, the prompt's too"
+        elif int(one.ids[-1]) not in renderer.stop_ids:
+            why = "the stop token is not supervised, so the model would never learn to stop"
+        elif bos is not None and one.ids[0] == one.ids[1] == bos:
+            why = "the text begins with two beginning-of-text tokens"
+        if why:
+            return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
     lost = next((note for one in tokens for note in one.notes if note.lost), None)
     if lost is None or renderer.lost_text == "keep":
         return None
     why = f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it"
     advice = (*advice_about(renderer), "use another data.template, or learn what it writes:  data.lost_text=keep")
     return Problem(f"row {row.id}", why, "data.template", advice)
-
-
-def _mask_fault(row: Sequence[Tokens], renderer: Renderer) -> str | None:
-    """What makes no sense about the supervised tokens of a row; the template is a likely cause."""
-    bos = renderer.tokenizer.bos_token_id
-    for one in row:
-        if not one.supervised[1:].any():
-            return "no token is supervised"
-        if one.supervised.all():
-            return "every token is supervised, the prompt's too"
-        if int(one.ids[-1]) not in renderer.stop_ids:
-            return "the stop token is not supervised, so the model would never learn to stop"
-        if bos is not None and one.ids[0] == one.ids[1] == bos:
-            return "the text begins with two beginning-of-text tokens"
-    return None
 
 
 # --- The length policy.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
-from uft.data.formats import ALIASES, COMMON, FIELDS, LABELS, Format, aliases, label_value
+from uft.data.formats import ALIASES, COMMON, FIELDS, LABELS, SIDES, Format, aliases, label_value, rating, rename
 from uft.data.messages import (
     MARKS,
     MEDIA,
@@ -27,66 +27,64 @@ from uft.data.messages import (
     texts_of,
     unpacked,
 )
-from uft.data.records import SIDES, rating
 from uft.data.rows import Kind, Row
 from uft.errors import Problem, typed
 
-COMPLETION_KEYS = frozenset({"response", "overall_score"})
+
+def _set(*words: str) -> frozenset[str]:
+    return frozenset(" ".join(words).split())
+
+
+COMPLETION_KEYS = _set("response overall_score")
 """All that is read of an item of UltraFeedback's completions."""
-_GRADE_NAMES = (
+FEEDBACK = _set(
     "label labels score scores rating ratings reward rewards feedback grade preference quality helpful helpfulness",
     "overall_score human_score reward_score quality_score user_feedback correct is_correct is_good accepted winner",
     "vote votes upvotes downvotes likes dislikes thumbs thumbs_up thumbs_down safe helpfulness correctness coherence",
 )
-FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
 """Columns that say how good a completion is, by their usual names."""
-_IF_GRADE = (
+_FAULTS = _set(
+    "bad rejected incorrect wrong toxic toxicity harmful unsafe hallucination hallucinated dislike flagged downvoted",
+    "error edited needs_edit rank ranking negative disliked downvote downs harmfulness hate spam discard drop remove",
+    "nsfw refusal refused hallucinates bug bugs buggy severity flag",
+)
+_FAULT_WORDS = _FAULTS | _set("down downvotes dislikes not no")
+_IF_GRADES = _FAULTS | _set(
     "good chosen preferred accept acceptable acceptability approve approved verdict pass passed pass_rate success",
     "successful solved valid verified right harmless safety stars judge judgment judgement win won like thumb",
     "reaction sentiment evaluation eval eval_result accuracy utility advantage return returns value outcome",
     "result annotation upvoted ok okay best selected keep kept use usable useful usefulness include included",
     "positive polarity points karma ups upvote exact_match acc solve pass_at_1 resolved likert rm nps",
 )
-_FAULT = (
-    "bad rejected incorrect wrong toxic toxicity harmful unsafe hallucination hallucinated dislike flagged downvoted",
-    "error edited needs_edit rank ranking negative disliked downvote downs harmfulness hate spam discard drop remove",
-    "nsfw refusal refused hallucinates bug bugs buggy severity flag",
-)
-_FAULTS = frozenset(" ".join(_FAULT).split())
-_FAULT_WORDS = _FAULTS | frozenset(["down", "downvotes", "dislikes", "not", "no"])
-_IF_GRADES = frozenset(" ".join(_IF_GRADE).split()) | _FAULTS
 """Further names, of columns that hold nothing but truth values, numbers or words for good and bad; of a fault: those
 that are true of a bad completion."""
-_WHOSE = "is was has kto human user annotator rater expert response answer completion reply output assistant model llm"
-_OF_WHOM = frozenset({*_WHOSE.split(), "final", "overall"})
+_IS = _set("is was has")
+_OF_WHOM = _IS | _set(
+    "kto human user annotator rater expert response answer completion reply output assistant model llm final overall"
+)
 """First words of a grade's name that say whose or of what it is."""
-_BEFORE = _OF_WHOM | {"n", "num", "number", "total", "mean", "avg"}
-_BEHIND = frozenset(["label", "flag", "value", "count"])
-_IS = frozenset(["is", "was", "has"])
+_BEFORE = _OF_WHOM | _set("n num number total mean avg")
+_BEHIND = _set("label flag value count")
 """First and last words that a grade's name may have around it, where nothing but grades stands in the column."""
 _GRADE_ENDS = re.compile("(?:score|rating|reward|vote)s?|feedback|grade|helpful|correct")
-_OTHERS = (
+_OF_OTHERS = _set(
     "language lang lid langid fasttext similarity embedding retrieval rerank bm25 dedup overlap url domain source",
     "document question prompt instruction query input difficulty complexity perplexity category topic intent cluster",
 )
-_OF_OTHERS = frozenset(" ".join(_OTHERS).split())
 """First words of a score or rating that is no grade of the completion: language_score, prompt_rating."""
 _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
-_CHOICE = "preference preferences preferred winner better safer choice flipped swapped tie"
-CHOICES = frozenset(["label", "labels", *_CHOICE.split()])
-"""Words of columns that say which of two completions is the better one."""
-_MARGINS = frozenset(["margin", "gap", "delta", "difference", "diff"])
-_CLEAR_WORDS = "score scores rating ratings grade quality rank stars star passed failed correct reward"
-_CLEAR = frozenset(_CLEAR_WORDS.split())
+_CHOICES = _set("preference preferences preferred winner better safer choice flipped swapped tie")
+CHOICES = _CHOICES | _set("label labels")
+"""Words of columns that say which of two completions is the better one; these two are by themselves."""
+_MARGINS = _set("margin gap delta difference diff")
+_CLEAR = _set("score scores rating ratings grade quality rank stars star passed failed correct reward")
 """Words that make a grade of a column of nothing but grades wherever they stand in its name: rating_1_to_5."""
-_RECORD_WORDS = "id ids idx index model version type name date time at by hash key split count class"
-_RECORDS = frozenset(_RECORD_WORDS.split())
+_RECORDS = _set("id ids idx index model version type name date time at by hash key split count class")
 """Words of bookkeeping, which make none: rating_id."""
-_VERDICTS = (
+VERDICTS = _set(
     "good bad desirable undesirable chosen rejected accepted correct incorrect like dislike upvote downvote thumbs_up",
     "thumbs_down 👍 👎 ✅ ❌ pass fail passed failed accept reject approved disapproved preferred dispreferred",
 )
-VERDICTS = frozenset(" ".join(_VERDICTS).split())
 """Words for good and bad that make a column a grade whatever its name is."""
 _LONGEST_VERDICT = 24  # characters; every text of every record is asked
 CONTEXT = ("input", "context")
@@ -109,7 +107,7 @@ _PARTS = {  # the field that reads a part of a conversation, "" for none: names 
     "": "(?:tool|function)_calls?|chat_template_kwargs|"
     f"(?:.*_)?(?:{_MEDIA})(?:_(?:urls?|paths?|files?|bytes|data|base64))?",
 }
-_ADDRESSED = frozenset(["channel", "recipient", "analysis", "reflection"])
+_ADDRESSED = _set("channel recipient analysis reflection")
 """Fields of messages that say that a turn is a thought or a call, or hold one."""
 _REPLIES = re.compile(
     "(?:model_|assistant_|bot_)?(?:responses?|completions?|outputs?|reply|replies|generations?)(?:_?[a-z0-9])?"
@@ -130,38 +128,58 @@ _SIDES = {
     "chosen": "chosen preferred positive better best good corrected correction improved revised edited",
     "rejected": "rejected dispreferred loser losing worse worst negative bad incorrect distractor",
 }
-_SIDE_WORDS = "message response answer completion conversation output reply text".split()  # noqa: SIM905
+_SIDE_WORDS = _set("message response answer completion conversation output reply text")
 _SIDE_TEXTS = {"hard", *_SIDE_WORDS, *(f"{word}s" for word in _SIDE_WORDS)}
 _SIDE = {word: ours for ours, words in _SIDES.items() for word in words.split()}
 """Words for a side of a pair."""
 
 
 @dataclass
-class Unread:
-    """Counts over the records of a file that one format reads."""
+class Said:
+    """Rows of a file by what a column, or `column.field`, says in them."""
 
-    columns: Counter[str] = field(default_factory=Counter)  # column or column.field -> rows in which it says something
-    texts: Counter[str] = field(default_factory=Counter)  # column.field -> rows in which it is more than a grade
-    words: Counter[str] = field(default_factory=Counter)  # column.field -> rows in which it is a word for good or bad
+    rows: Counter[str] = field(default_factory=Counter)  # something
+    texts: Counter[str] = field(default_factory=Counter)  # more than a grade
+    words: Counter[str] = field(default_factory=Counter)  # a word for good or bad
+
+    def add(self, name: str, value: Any, cell: bool = True) -> None:
+        """Count a row. A grade is a truth value, a number (as text too in a `cell`), or a word for good or bad."""
+        word, is_text = label_value(value), isinstance(value, str)
+        is_grade = word in LABELS or (isinstance(word, (bool, int, float)) and (cell or not is_text))
+        self.rows[name] += not is_blank(value)
+        self.texts[name] += not (is_blank(value) or is_grade)
+        if is_text and len(value) < _LONGEST_VERDICT and word in VERDICTS:
+            self.words[name] += 1
+
+    def renamed(self, columns: Mapping[str, str], kind: str | None) -> Said:
+        """The same under our names of fields, see :func:`uft.data.formats.rename`."""
+        return Said(*(Counter(rename(one, columns, kind)) for one in (self.rows, self.texts, self.words)))
+
+
+@dataclass
+class Unread(Said):
+    """Counts over the records of a file that one format reads: `rows` of what it leaves unread."""
+
     lacking: Counter[str] = field(default_factory=Counter)  # column -> rows whose prompt lacks its text
     replies: Counter[str] = field(default_factory=Counter)  # column -> rows whose replies lack its text
     against: Counter[str] = field(default_factory=Counter)  # column of a pair -> rows in which rejected is the better
     contrary: Counter[tuple[str, str]] = field(default_factory=Counter)  # a field's other name, and the field
     labels: set[float] = field(default_factory=set)  # that are numbers
 
-    def add(self, form: Format, fields: Record, row: Row, settled: bool = False) -> None:
+    def add_row(self, form: Format, fields: Record, row: Row, settled: bool = False) -> None:
         """Count a record, of which `row` was made; `settled`: its kind is, and so what other columns may be."""
         told = dict(unread(form, fields))
-        self.columns.update(told.keys())
-        self.texts.update(name for name, value in told.items() if "." in name and says_more(value, True))
-        self.words.update(name for name, value in told.items() if "." in name and is_verdict(value))
+        for name, value in told.items():
+            if name in fields:  # what a column says was counted when the file was first read
+                self.rows[name] += 1
+            else:
+                self.add(name, value)
         if form.kind is Kind.PREFERENCE and not settled:
             self.against.update(name for name, value in told.items() if _is_against(name, value, fields))
         if not {"messages", "conversations"}.isdisjoint(form.required) and form.kind is not Kind.PREFERENCE:
             said = {turn.content.strip() for one in row.completions for turn in one.turns}
             names = [name for name in told if _REPLIES.fullmatch(name) and (name in FIELDS or not settled)]
-            found = ((name, texts_of(told[name])) for name in names)
-            self.replies.update(name for name, texts in found if any(text.strip() not in said for text in texts))
+            self.replies.update(n for n in names if any(text.strip() not in said for text in texts_of(told[n])))
         contexts = [] if settled else [name for name in told if _TEXTS.fullmatch("_".join(_words(name)))]
         for name in (*INPUTS, *contexts):
             if name in fields and name not in form.columns:
@@ -171,18 +189,6 @@ class Unread:
                 self.contrary[name, ours] += fields[name] != fields[ours]
         if form.kind is Kind.BINARY and is_number(value := label_value(fields["label"])):
             self.labels.add(float(value))
-
-
-def says_more(value: Any, cell: bool) -> bool:
-    """Whether a value is more than a truth value, a number (as text too in a `cell`), or a word for good or bad."""
-    word = label_value(value)
-    number = isinstance(word, (bool, int, float)) and (cell or not isinstance(value, str))
-    return not (is_blank(value) or number or word in LABELS)
-
-
-def is_verdict(value: Any) -> bool:
-    """Whether a value is one of the words that grade an answer as good or bad (`VERDICTS`)."""
-    return isinstance(value, str) and len(value) < _LONGEST_VERDICT and label_value(value) in VERDICTS
 
 
 def _is_against(name: str, value: Any, fields: Record) -> bool:
@@ -223,27 +229,19 @@ def unread(form: Format, fields: Record) -> Iterator[tuple[str, Any]]:
         keys = COMPLETION_KEYS if column == "completions" else MESSAGE_KEYS
         value = listed(unpacked(fields[column]))
         items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
-        named = ((key, value, item) for item in items for key, value in item.items())
-        yield from (
-            (f"{column}.{key}", value)
-            for key, value, item in named
-            if not is_blank(value) and _ignored(key, keys, item)
-        )
-        contents = (found for item in items if isinstance(found := item.get("content"), list))
-        parts = (part for content in contents for part in content if isinstance(part, dict))
-        yield from (
-            (f"{column}.content.{key}", value)
-            for part in parts
-            for key, value in part.items()
-            if key not in ("type", "text") and not is_blank(value)
-        )
-
-
-def _ignored(key: str, keys: frozenset[str], item: Mapping[str, Any]) -> bool:
-    """Whether a field of a message is left unread: a tool has a name, and a mark says which replies are learned."""
-    if key in MARKS:
-        return bool(item[key]) and role_of(item) not in ("assistant", None)
-    return key not in keys and not (key == "name" and role_of(item) == "tool")
+        for item in items:
+            role = role_of(item)
+            for key, inner in item.items():
+                if key in MARKS:  # which say whether a reply is learned
+                    is_read = not inner or role in ("assistant", None)
+                else:
+                    is_read = key in keys or (key == "name" and role == "tool")
+                if not (is_read or is_blank(inner)):
+                    yield f"{column}.{key}", inner
+        contents = (content for item in items if isinstance(content := item.get("content"), list))
+        for part in (part for content in contents for part in content if isinstance(part, dict)):
+            named = ((key, inner) for key, inner in part.items() if key not in ("type", "text"))
+            yield from ((f"{column}.content.{key}", inner) for key, inner in named if not is_blank(inner))
 
 
 def _grades_within(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -258,147 +256,142 @@ def _grades_within(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{key}", inner
 
 
-def unread_feedback(
-    form: Format,
-    columns: Mapping[str, int],
-    source: str,
-    mapped: Mapping[str, str],
-    theirs: Mapping[str, int],
-    texts: Mapping[str, int],
-    verdicts: Mapping[str, int],
-) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class FileFormat:
+    """The format of a source's file, and the names of its columns."""
+
+    form: Format
+    source: str
+    mapped: Mapping[str, str]  # our field -> their column, as the source's settings say
+    columns: Collection[str]  # all of the file
+
+    @property
+    def key(self) -> str:
+        return f"data.sources.{self.source}"
+
+    @property
+    def leave(self) -> str:
+        """Advice to take the format for what it is."""
+        return f"leave it unread:  {self.key}.kind={self.form.kind.value}"
+
+    def leave_out(self, names: Sequence[str]) -> str:
+        """Advice to leave these columns unread."""
+        return "leave it unread:  " + " ".join(f"{self.key}.columns.{name}=''" for name in names)
+
+    def read(self, ours: str, theirs: str) -> str:
+        """The word of a command line that maps a field of ours to a column."""
+        return typed(f"{self.key}.columns.{ours}", theirs)
+
+    def original(self, ours: str) -> str:
+        """The file's own name of a field."""
+        other_names = (name for name, field in aliases(self.columns).items() if field == ours)
+        return self.mapped.get(ours) or next(other_names, ours)
+
+    def problem(self, names: Sequence[str], rows: Mapping[str, int], why: str, *advice: str) -> Problem:
+        """The problem of some columns, each with the rows that it is about."""
+        counted = (f"{name} ({rows[name]:,} row{'s' * (rows[name] != 1)})" for name in names)
+        return Problem(self.key, f"{', '.join(counted)} {why}", advice=advice)
+
+
+def unread_feedback(file: FileFormat, said: Said) -> Iterator[Problem]:
     """Problems of columns that say how good completions are, or hold others, or parts of the conversation, beside a
     format that takes them as right, or as a pair, and knows no such parts. The first is the one to tell: a column may
     look like several of them, and the more certain look comes first.
-
-    `columns`: rows that have each under our names; `texts`: those in which it is more than a grade; `verdicts`: those
-    in which it is a word for good or bad; `theirs`: all columns of the file; `mapped`: ours -> theirs.
     """
-    told = [name for name, count in sorted(columns.items()) if count and name not in form.columns | COMMON]
-    words, key = {name: "_".join(_words(name)) for name in told}, f"data.sources.{source}"
-    full = {name for name in told if texts.get(name)}
-    leave = f"leave it unread:  {key}.kind={form.kind.value}"
-    column = partial(_column, key)
+    form, leave = file.form, file.leave
+    told = [name for name, count in sorted(said.rows.items()) if count and name not in form.columns | COMMON]
+    words = {name: "_".join(_words(name)) for name in told}
+    full = {name for name in told if said.texts.get(name)}
     weights, unlearned = ([n for n in told if names.fullmatch(words[n])] for names in (_WEIGHS, _UNLEARNED))
     weights += [n for n in told if ".content." in n and words[n] in MARKS and n not in weights]  # of a part of a turn
     may = [n for n in told if n not in full and words[n] not in MARKS and _MAY_WEIGH.fullmatch(words[n])]
     if names := weights or unlearned or may:
-        why = f"{_counted(names, columns)} may say how much is learned of the reply"
-        line = [f"read it:  {column('weight', names[0])}"] if weights and names[0] not in full else []
+        line = [f"read it:  {file.read('weight', names[0])}"] if weights and names[0] not in full else []
         line = ["call it weight in the messages: 1 is learned, 0 is context; or"] if "." in names[0] else line
-        yield Problem(key, why, advice=(*line, leave))
+        yield file.problem(names, said.rows, "may say how much is learned of the reply", *line, leave)
     for ours, pattern in _PARTS.items():
-        found = (name for name in told if name in full and name not in MEDIA)  # those are refused row by row
         addressed = {name for name in told if not ours and "." in name and words[name] in _ADDRESSED}
-        if names := [name for name in found if re.fullmatch(pattern, words[name]) or name in addressed]:
+        held = [name for name in told if name in full and name not in MEDIA]  # those are refused row by row
+        if names := [name for name in held if re.fullmatch(pattern, words[name]) or name in addressed]:
             part = "reply" if ours == "reasoning_content" or "call" in words[names[0]] else "conversation"
-            why = f"{_counted(names, columns)} may be a part of the {part}"
-            read = f"read it:  {column(ours, names[0])}"
             readable = ours and "." not in names[0] and not _side(names[0].partition("_")[0])
-            yield Problem(key, why, advice=(read, leave) if readable else (leave,))
+            line = [f"read it:  {file.read(ours, names[0])}"] if readable else []
+            yield file.problem(names, said.rows, f"may be a part of the {part}", *line, leave)
     if form.kind is Kind.PROMPT and (replies := [n for n in told if _REPLIES.fullmatch(words[n])]):
-        both = ("chosen", "rejected") if len(replies) == 2 else ("completion",)
-        pair = " ".join(map(column, both, replies))
-        why = f"{_counted(replies, columns)} may hold replies, but the format {form.name} has none"
-        yield Problem(key, why, advice=(f"read them:  {pair}", leave))
-    if form.kind is Kind.PREFERENCE and (
-        chosen := [name for name in told if name in CHOICES or not {*_CHOICE.split()}.isdisjoint(_words(name))]
-    ):
-        why = (
-            f"{_counted(chosen, columns)} may say which side is better, but the format {form.name} takes chosen for it"
-        )
-        yield Problem(key, why, advice=("make chosen the better side of every pair, or", leave))
+        pair = " ".join(map(file.read, ("chosen", "rejected") if len(replies) == 2 else ("completion",), replies))
+        why = f"may hold replies, but the format {form.name} has none"
+        yield file.problem(replies, said.rows, why, f"read them:  {pair}", leave)
+    chosen = [name for name in told if name in CHOICES or not _CHOICES.isdisjoint(_words(name))]
+    if form.kind is Kind.PREFERENCE and chosen:
+        why = f"may say which side is better, but the format {form.name} takes chosen for it"
+        yield file.problem(chosen, said.rows, why, "make chosen the better side of every pair, or", leave)
     if form.kind not in (Kind.DEMONSTRATION, Kind.NEGATIVES):
         return
     sides = {side: name for name in told if name in full and (side := _side(name))}
     if len(sides) == 1:  # both: a row of another format, which is told with its line
         other = "rejected" if "chosen" in sides else "chosen"
         reply = next((one for one in ("completion", "messages", "conversations") if one in form.required), "answer")
-        named = {other: _original(reply, mapped, theirs)} | sides
-        pair = " ".join(column(ours, name) for ours, name in sorted(named.items()) if ours != name)
-        why = f"{_counted([*sides.values()], columns)} is a side of a pair, but the format {form.name} takes one reply"
-        sampled = [f"read a list of them:  {column('negatives', sides['rejected'])}"] if "rejected" in sides else []
-        yield Problem(key, why, advice=(f"read both as a pair:  {pair}", *sampled, leave))
-    verdict = {name for name in told if verdicts.get(name) == columns[name]}
+        named = {other: file.original(reply)} | sides
+        pair = " ".join(file.read(ours, name) for ours, name in sorted(named.items()) if ours != name)
+        sampled = [f"read a list of them:  {file.read('negatives', sides['rejected'])}"] if "rejected" in sides else []
+        why = f"is a side of a pair, but the format {form.name} takes one reply"
+        yield file.problem([*sides.values()], said.rows, why, f"read both as a pair:  {pair}", *sampled, leave)
+    verdict = {name for name in told if said.words.get(name) == said.rows[name]}
     graded = [n for n in told if _grades(n) or n in verdict or (n not in full and _may_grade(n))]
     if not graded:
         return
     first = min(graded, key=lambda name: "." in name)
     lines: tuple[str, ...] = (
-        f"read it as a score:  {column('score', first)} {key}.score_range=[LOWEST,HIGHEST]",
-        f"read it as good or bad:  {column('label', first)}",
+        f"read it as a score:  {file.read('score', first)} {file.key}.score_range=[LOWEST,HIGHEST]",
+        f"read it as good or bad:  {file.read('label', first)}",
     )[first in verdict :]
-    if "." in first and first not in theirs:
+    if "." in first and first not in file.columns:
         lines = ("make a column of it, or a weight of 0 or 1 in each message",)
     elif not _FAULT_WORDS.isdisjoint(_words(first)):  # the lower, the better
         lines = ("make a column label of it, which is true where the completion is good, or",)
-    why = f"{_counted(graded, columns)} may say how good a completion is"
-    why += f", but the format {form.name} takes every completion as right"
-    yield Problem(key, why, advice=(*lines, leave))
+    why = f"may say how good a completion is, but the format {form.name} takes every completion as right"
+    yield file.problem(graded, said.rows, why, *lines, leave)
 
 
-def unread_meaning(
-    form: Format, found: Unread, source: str, mapped: Mapping[str, str], theirs: Mapping[str, int]
-) -> Problem | None:
+def unread_meaning(file: FileFormat, left: Unread) -> Problem | None:
     """The problem of what only the rows tell: text that the prompt lacks, and labels on two scales."""
-    key = f"data.sources.{source}"
-    if {-1, 0} <= found.labels:
-        scored = f"{_column(key, 'score', _original('label', mapped, theirs))} {key}.score_range=[-1,1]"
+    key, required = file.key, file.form.required
+    if {-1, 0} <= left.labels:
+        scored = f"{file.read('score', file.original('label'))} {key}.score_range=[-1,1]"
         why = "label is -1 in some rows and 0 in others, and either may mean bad"
         return Problem(key, why, advice=(f"read it as a score:  {scored}",))
-    for (name, ours), count in found.contrary.items():
+    for (name, ours), count in left.contrary.items():
         if count:
-            why = f"{_counted([name], {name: count})} says something else than {ours}, which it is another name of"
-            lines = (f"read it:  {_column(key, ours, name)}", f"leave it unread:  {key}.columns.{name}=''")
-            return Problem(key, why, advice=lines)
-    if names := sorted(found.against):
-        why = f"{_counted(names, found.against)} may say that the rejected side is the better one"
-        leave = f"leave it unread:  {key}.kind={form.kind.value}"
-        return Problem(key, why, advice=("make chosen the better side of every pair, or", leave))
-    if names := sorted(found.replies):
-        conversation = next(name for name in ("messages", "conversations") if name in form.required)
-        asked = _column(key, "prompt", _original(conversation, mapped, theirs))
-        own = [_original(name, mapped, theirs) for name in names]
-        known = all(name in FIELDS for name in own)
-        unread_names = [f"{key}.columns.{name}=''" for name in own] if known else [f"{key}.kind={form.kind.value}"]
-        follows, leave = f"it follows the conversation:  {asked}", f"leave it unread:  {' '.join(unread_names)}"
-        why = f"{_counted(own, dict(zip(own, found.replies.values(), strict=True)))} holds text that the replies lack"
-        return Problem(key, why, advice=(follows, leave))
-    lacking = sorted(name for name, count in found.lacking.items() if count)
+            why, read = f"says something else than {ours}, which it is another name of", file.read(ours, name)
+            return file.problem([name], {name: count}, why, f"read it:  {read}", file.leave_out([name]))
+    if names := sorted(left.against):
+        why = "may say that the rejected side is the better one"
+        return file.problem(names, left.against, why, "make chosen the better side of every pair, or", file.leave)
+    if names := sorted(left.replies):
+        conversation = next(name for name in ("messages", "conversations") if name in required)
+        follows = f"it follows the conversation:  {file.read('prompt', file.original(conversation))}"
+        own = [file.original(name) for name in names]
+        leave = file.leave_out(own) if all(name in FIELDS for name in own) else file.leave
+        rows = dict(zip(own, left.replies.values(), strict=True))
+        return file.problem(own, rows, "holds text that the replies lack", follows, leave)
+    lacking = sorted(name for name, count in left.lacking.items() if count)
     if not lacking:
         return None
-    advice = ["leave it unread:  " + " ".join(f"{key}.columns.{name}=''" for name in lacking)]
+    advice = [file.leave_out(lacking)]
     if others := [name for name in lacking if name not in INPUTS]:
-        named = [name for name in ("prompt", "question") if name in form.required and "." not in others[0]]
-        line = [f"{_column(key, 'instruction', _original(one, mapped, theirs))} " for one in named]
-        readable = "." not in others[0] and (line or "instruction" in form.required)
-        line = [f"read it with the prompt:  {''.join(line)}{_column(key, 'context', others[0])}"] if readable else []
-        advice = [*line, f"leave it unread:  {key}.kind={form.kind.value}"]
+        asked = [name for name in ("prompt", "question") if name in required]
+        mapped = [file.read("instruction", file.original(name)) for name in asked] + [file.read("context", others[0])]
+        readable = "." not in others[0] and (asked or "instruction" in required)
+        advice = [f"read it with the prompt:  {' '.join(mapped)}"] * bool(readable) + [file.leave]
     elif not set(lacking) <= set(CONTEXT):
         pass  # a second prompt
-    elif "prompt" in form.required:
-        asked = _column(key, "instruction", _original("prompt", mapped, theirs))
-        advice.insert(0, f"read it with the prompt:  {asked}")
-    elif "question" in form.required:
-        asked = f"{key}.columns.instruction=question"
-        asked += f" {key}.columns.completion=answer" if "answer" in form.required else ""
-        advice.insert(0, f"read it with the prompt:  {asked}")
+    elif "prompt" in required:
+        advice.insert(0, f"read it with the prompt:  {file.read('instruction', file.original('prompt'))}")
+    elif "question" in required:
+        reply = f" {key}.columns.completion=answer" if "answer" in required else ""
+        advice.insert(0, f"read it with the prompt:  {key}.columns.instruction=question{reply}")
     where = "prompt" if set(lacking) <= set(CONTEXT) else "conversation"
-    return Problem(key, f"{_counted(lacking, found.lacking)} holds text that the {where} lacks", advice=tuple(advice))
-
-
-def _column(key: str, ours: str, theirs: str) -> str:
-    """The word of a command line that maps a field of ours to a column of the source `key`."""
-    return typed(f"{key}.columns.{ours}", theirs)
-
-
-def _counted(names: list[str], counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} ({counts[name]:,} row{'s' * (counts[name] != 1)})" for name in names)
-
-
-def _original(ours: str, mapped: Mapping[str, str], theirs: Mapping[str, int]) -> str:
-    """The file's own name of a field."""
-    return mapped.get(ours) or next((name for name, field in aliases(theirs).items() if field == ours), ours)
+    return file.problem(lacking, left.lacking, f"holds text that the {where} lacks", *advice)
 
 
 @lru_cache(1024)  # every row asks for its columns

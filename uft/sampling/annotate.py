@@ -19,7 +19,7 @@ import torch
 
 from uft.config.schema import Model
 from uft.data.chat import Renderer, Tokens
-from uft.data.records import Numbers, with_numbers
+from uft.data.formats import Numbers, with_numbers
 from uft.data.rows import BASELINE, SCORE, SOFT_LABEL, Completion, Row
 from uft.data.tokens import POLICIES, tokenize
 from uft.errors import FAILED, Problem, UftError
