@@ -102,9 +102,9 @@ class Format:
     def read(self, record: Record, score_range: Range = None) -> Row:
         """The record as a row that has no name and number yet. Raises :class:`Unreadable` with the reason."""
         refuse_unlearned(record)
-        for value in (record.get(name) for name in self.columns):
-            if isinstance(value, str) and not isinstance(unpacked(value), str):  # messages as JSON
-                refuse_repeated(value)
+        for name in self.columns & record.keys():
+            if isinstance(record[name], str) and not isinstance(unpacked(record[name]), str):  # messages as JSON
+                refuse_repeated(record[name], name)
         prompt, completions = self.parse(record, score_range)
         answer = optional_text(record.get("answer"), "answer")
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####

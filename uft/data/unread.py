@@ -68,6 +68,7 @@ _GRADE_ENDS = re.compile("(?:score|rating|reward|vote)s?|feedback|grade|helpful|
 _OTHERS = (
     "language lang lid langid fasttext similarity embedding retrieval rerank bm25 dedup overlap url domain source",
     "document question prompt instruction query input difficulty complexity perplexity category topic intent cluster",
+    "page domain image repo repository github",
 )
 _OF_OTHERS = frozenset(" ".join(_OTHERS).split())
 """First words of a score or rating that is no grade of the completion: language_score, prompt_rating."""
@@ -76,10 +77,11 @@ _CHOICE = "preference preferences preferred winner better safer choice flipped s
 CHOICES = frozenset(["label", "labels", *_CHOICE.split()])
 """Words of columns that say which of two completions is the better one."""
 _MARGINS = frozenset(["margin", "gap", "delta", "difference", "diff"])
-_CLEAR_WORDS = "score scores rating ratings grade quality rank stars star passed failed correct reward"
+_CLEAR_WORDS = "score scores rating ratings quality rank stars star passed failed reward"
 _CLEAR = frozenset(_CLEAR_WORDS.split())
-"""Words that make a grade of a column of nothing but grades wherever they stand in its name: rating_1_to_5."""
-_RECORD_WORDS = "id ids idx index model version type name date time at by hash key split count class"
+"""Words that make a grade of a column of nothing but grades wherever they stand in its name: rating_1_to_5. Others do
+so at its end alone: correct_answer is the right one, grade_level a pupil's."""
+_RECORD_WORDS = "id ids idx index model version type name date time at by hash key split count class threshold"
 _RECORDS = frozenset(_RECORD_WORDS.split())
 """Words of bookkeeping, which make none: rating_id."""
 _VERDICTS = (
@@ -284,7 +286,8 @@ def unread_feedback(
     may = [n for n in told if n not in full and words[n] not in MARKS and _MAY_WEIGH.fullmatch(words[n])]
     if names := weights or unlearned or may:
         why = f"{_counted(names, columns)} may say how much is learned of the reply"
-        line = [f"read it:  {column('weight', names[0])}"] if weights and names[0] not in full else []
+        which = words[names[0]].startswith("train_on_")  # turns or parts of the row: no weight of the reply
+        line = [f"read it:  {column('weight', names[0])}"] if weights and names[0] not in full and not which else []
         line = ["call it weight in the messages: 1 is learned, 0 is context; or"] if "." in names[0] else line
         yield Problem(key, why, advice=(*line, leave))
     for ours, pattern in _PARTS.items():

@@ -586,8 +586,7 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     files = any(word.lstrip("+").startswith(("experiment", "--")) for word in words)  # which may set anything
     swept = any(word.lstrip("+").startswith("sweep=") for word in words)  # the command would be the whole sweep
     if not config.stages and not swept and (not files or can_be_composed(words)):
-        command = shlex.join(["uft", "train", *as_typed(words)])
-        lines.insert(0, f"{command}      # the same rows under another objective")
+        lines.insert(0, f"uft train {shlex.join(as_typed(words))}      # the same rows under another objective")
     return lines
 
 
@@ -597,6 +596,5 @@ def can_be_composed(words: Iterable[str]) -> bool:
     from uft.config.files import Request
 
     options = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--")}
-    overrides = tuple(word for word in words if not word.startswith("--"))
-    name, folder = options.get("--config-name", "config"), options.get("--config-dir")
-    return not examine(Request(overrides, name, folder, options.get("--config-path"))).problems
+    overrides, name = tuple(w for w in words if not w.startswith("--")), options.get("--config-name", "config")
+    return not examine(Request(overrides, name, options.get("--config-dir"), options.get("--config-path"))).problems
