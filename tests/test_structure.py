@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 35_048,
-    "modules": 123,
-    "functions named once": 403,
+    "product lines": 34_824,
+    "modules": 122,
+    "functions named once": 375,
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 4,
-    "test lines": 38_700,
+    "test lines": 38_704,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 0

@@ -177,6 +177,8 @@ def test_references_to_nowhere():
 def test_what_must_be_given_is_asked_for():
     why, _, advice = problems("model=custom")["model.path"]
     assert (why, advice) == ("has no value", "give it:  model.path=...")
+    why, _, advice = problems("experiment=paper_uft_rl")["data.sources.countdown.path"]
+    assert (why, advice) == ("has no value", "give it:  data.sources.countdown.path=...")
 
 
 FILES = {

@@ -48,5 +48,7 @@ def test_headline_is_the_first_sentence(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("# @package _global_\n# One thing that\n# goes on. And another.\nname: x\n")
     assert headline(file) == "One thing that goes on"
+    file.write_text("# One thing\n#   uft train data=x\nname: x\n")
+    assert headline(file) == "One thing"
     file.write_text("name: x # not this\n# nor this\n")
     assert headline(file) == ""

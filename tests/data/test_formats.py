@@ -160,8 +160,11 @@ def test_values_in_other_forms_are_what_they_say(record, reply):
         ),
         ({"prompt": "\u200b", "completion": "a"}, "a turn of the user has nothing but invisible characters"),
         ({"prompt": "q", "chosen": "\u200b", "rejected": "a"}, "a turn of the assistant has nothing but invisible"),
-        (called(name="w", arguments='{"a": 1, "a": 2}'), "names a field twice: 'a'"),
-        ({"messages": json.dumps([ASKED, SAID]).replace("{", '{"role": "x", ', 1)}, "names a field twice: 'role'"),
+        (called(name="w", arguments='{"a": 1, "a": 2}'), "messages[1].tool_calls names a field twice: 'a'"),
+        (
+            {"messages": json.dumps([ASKED, SAID]).replace("{", '{"role": "x", ', 1)},
+            "messages names a field twice: 'role'",
+        ),
         ({"messages": [ASKED | {"content": None}, SAID]}, "messages[0] (user) content is null (fields: role, content)"),
         ({"prompt": '[{"role": "critic", "content": "q"}, {"role": "user", "content": "q"}]'}, "unknown role 'critic'"),
         ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]}, "chosen is a list of texts (1), and a row has one"),
@@ -203,7 +206,7 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
             {"messages": [ASKED, SAID | {"content": [{"type": "text", "text": "a", "weight": 0}]}]},
             "messages.content.weight (1 row) may say how much is learned",
         ),
-        (PLAIN | {"train_on_input": True}, "train_on_input (1 row) may say how much is learned"),
+        (PLAIN | {"train_on_input": True}, "learned of the reply\n      leave it unread:  data.sources.mine.kind="),
         (PLAIN | {"Complex_CoT": "hm"}, "columns.reasoning_content=Complex_CoT"),
         (PLAIN | {"thought_process": "hm"}, "columns.reasoning_content=thought_process"),
         (PLAIN | {"options": ["x", "y"]}, "options (1 row) holds text that the conversation lacks"),
@@ -250,6 +253,7 @@ def test_bookkeeping_beside_rows_is_told_only(tmp_path):
         "table_id": "x",
     }
     kept |= {"quality_class": 1, "rating_id": 7, "best_of_n": 4, "edited_at": "today", "in_gsm8k_train": False}
+    kept |= {"correct_option": 2, "grade_level": 3, "repo_stars": 120, "page_rank": 0.2, "score_threshold": 0.5}
     kept |= {"topic_label": 1, "response": "a", "type": "code", "correct_answer": "42", "options": ["q"]}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(CONVERSATION | kept) + "\n")

@@ -251,9 +251,9 @@ def test_a_header_among_the_rows_and_another_encoding_are_told(tmp_path):
     assert [one if isinstance(one, str) else one["prompt"] for _, one in found] == ["q", "is the header once more", "r"]
     file.write_text('prompt,completion\n"a \\"b\\"",c\nq,a\n"r,b\n')
     assert list(tables(place(file))[0]) == [
-        (2, "broken CSV: ',' expected after '\"'"),
+        (2, "broken CSV: text follows the quotation mark that closes a cell; a mark within a cell is written twice"),
         (3, {"prompt": "q", "completion": "a"}),
-        (4, "broken CSV: unexpected end of data"),
+        (4, "broken CSV: the quotation mark that opens a cell is never closed"),
     ]
     file.write_bytes("prompt,completion\nq,a\n".encode("utf-16"))
     assert list(tables(place(file))[0]) == [(1, "the file is UTF-16; save it as UTF-8")]
@@ -280,3 +280,7 @@ def test_hidden_and_empty_files_of_a_folder_are_told(tmp_path):
         (tmp_path / name).write_bytes(b"" if name == "b.jsonl" else b"\x00")
     found, left_out = open_place(place(tmp_path))
     assert (fields(found), left_out) == (ROWS, ["._a.jsonl", ".a.jsonl", "README.md", "b.jsonl"])
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / ".a.jsonl").write_text("{}")
+    with pytest.raises(UftError, match=r"holds hidden files alone, which are not read: \.a\.jsonl"):
+        open_place(place(tmp_path / "hidden"))

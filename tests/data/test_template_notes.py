@@ -31,7 +31,7 @@ MARKS = (
     "{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}" + TURN + "{% endif %}"
 )
-ADDS = "has text of its own learned with that of assistant turns"
+ADDS = "marks text of its own as learned with assistant turns"
 OTHER_START = "begins replies in training after other text than generation starts from"
 
 

@@ -182,6 +182,13 @@ def test_the_rows_of_a_mixture_are_read_once(tmp_path, monkeypatch):
     assert read == ["x.jsonl", "y.jsonl"]
 
 
+def test_the_configuration_of_a_sweep_is_shown_without_its_rows(capsys):
+    words = ["-m", "objective=ift", "data=missing.jsonl", "seed=1,2"]
+    assert main(["config", *words]) == 0
+    assert "2 jobs" in capsys.readouterr().out
+    assert main(["train", *words]) == 2
+
+
 @pytest.mark.slow
 def test_hydras_own_folder_and_a_name_for_all_runs_stands_before_their_own(worker):
     assert sweep("seed=1,2", "hydra.sweep.dir=here/it/is", "run.name=mine") == 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from uft.config.schema import Config
+from uft.config.schema import Config, Source
 from uft.data.rows import Completion, Kind, Message, Row, Selected
 from uft.errors import UftError
 from uft.model.load import load_tokenizer
@@ -24,6 +24,7 @@ from uft.training.dataset import (
     make_horizon,
     make_sampler,
     read_train_data,
+    without_reply,
 )
 
 Read = Callable[..., tuple[Config, TrainData]]
@@ -321,3 +322,15 @@ def test_rows_of_words_that_the_tokenizer_does_not_know_are_refused(corpus, file
     make_sampler(config, found, make(config.objective), refuse=False)  # uft data shows them
     found.renderer.tokenizer.eos_token = "<unk>"  # then it is no sign of a word that is not known
     make_sampler(config, found, make(config.objective))
+
+
+@pytest.mark.parametrize(
+    ("columns", "advised"),
+    [
+        (["good one", "loser"], """.chosen="good one"' data.sources.a.columns.rejected=loser"""),
+        (["dispreferred", "copyright", "closest"], "columns.completion=dispreferred"),
+    ],
+)
+def test_prompts_alone_are_told_which_columns_may_hold_their_replies(columns, advised):
+    _, (first, *_) = without_reply("a", Source(path="a.jsonl"), False, columns)
+    assert advised in first

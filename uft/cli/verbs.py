@@ -27,26 +27,8 @@ from omegaconf import DictConfig
 
 from uft.cli.help import help_text
 from uft.config.checks import Draft, elsewhere
-from uft.config.compose import (
-    Examined,
-    change,
-    examine,
-    footer,
-    needs_hydra,
-    quoted,
-    refuse_named_code,
-    require,
-)
-from uft.config.files import (
-    BROKEN,
-    VERSION_BASE,
-    Request,
-    make_loader,
-    overruled,
-    register,
-    request_of_job,
-    translate,
-)
+from uft.config.compose import Examined, change, examine, footer, needs_hydra, quoted, refuse_named_code, require
+from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, overruled, register, request_of_job, translate
 from uft.config.frozen import may_change, with_origins
 from uft.config.messages import (
     FREE_KEY,

@@ -274,7 +274,7 @@ class Draft:
         if fault.type == "missing":
             inside = [s for s in self.settings if s.path[:2] == ("data", "sources") and len(s.path) > 3]
             # a key of a source that is called otherwise
-            others = [s.path[2] for s in inside if s.path[3:] == ("path",)]
+            others = [s.path[2] for s in inside if s.path[3:] == ("path",) and s.path[:3] != path[:3]]
             keys = [s for s in inside if s.path[:3] == path[:3]] if path[3:] == ("path",) else []
             meant = [f"did you mean  {'.'.join((*path[:2], other, *s.path[3:]))} ?" for s in keys for other in others]
             return Problem(setting.key, "has no value", setting.where, (f"give it:  {setting.key}=...", *meant[:3]))

@@ -77,9 +77,9 @@ def groups(dirs: list[Path]) -> dict[str, dict[str, Path]]:
 def headline(file: Path) -> str:
     """The first sentence of a file's opening comment: what this option is. `# @package` lines do not count."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    comment = takewhile(lambda line: line.startswith("#"), lines)
+    comment = takewhile(lambda line: line.startswith("#") and not line.startswith("#   "), lines)  # then come commands
     text = " ".join(line.strip("# ") for line in comment if "@package" not in line)
-    return shorten(text.partition(". ")[0], LONGEST_HEADLINE, placeholder=" ...", break_on_hyphens=False)
+    return shorten(f"{text} ".partition(". ")[0], LONGEST_HEADLINE, placeholder=" ...", break_on_hyphens=False)
 
 
 def conf_name(path: Path) -> str:

@@ -69,7 +69,7 @@ _CHANNELS = re.compile(
     re.DOTALL,
 )
 _MARKS = re.compile(r"<\|(?:return|end|start|channel|message|call)\|>")
-ADDS = "has text of its own learned with that of assistant turns"
+ADDS = "marks text of its own as learned with assistant turns"
 OTHER_START = "begins replies in training after other text than generation starts from"
 
 

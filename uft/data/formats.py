@@ -109,9 +109,9 @@ class Format:
                 odd = "not 0 or 1, and rows are learned whole or not at all"
                 why = f"{name} is {excerpt(mark)}: {odd if flag(mark) is None else 'this row is not to be learned'}"
                 raise Unreadable(why, f"leave it unread:  {{source}}.columns.{name}=''")
-        for value in (record.get(name) for name in self.columns):
-            if isinstance(value, str) and not isinstance(unpacked(value), str):  # messages as JSON
-                refuse_repeated(value)
+        for name in self.columns & record.keys():
+            if isinstance(record[name], str) and not isinstance(unpacked(record[name]), str):  # messages as JSON
+                refuse_repeated(record[name], name)
         prompt, completions = self.parse(record, score_range)
         answer = optional_text(record.get("answer"), "answer")
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####

@@ -171,12 +171,12 @@ def repeated(names: Iterable[str]) -> str:
 JSON = json.JSONDecoder(object_pairs_hook=object_of)
 
 
-def refuse_repeated(text: str) -> None:
+def refuse_repeated(text: str, field: str) -> None:
     """Raise :class:`Unreadable` where a text is JSON of an object that names a field twice."""
     try:
         JSON.decode(text)
-    except Unreadable:
-        raise
+    except Unreadable as error:
+        raise Unreadable(f"{field} {error}") from None
     except (ValueError, RecursionError):  # no JSON
         return
 
@@ -379,7 +379,7 @@ def read_extra(item: Record, field: str) -> str:
             continue
         if not is_blank(item.get(new)):
             raise Unreadable(f"{field}{new} and {old} are both there")
-        value = _parsed(value)
+        value = _parsed(value, f"{field}{old}")
         functions = value if isinstance(value, list) else [value]
         if not all(isinstance(one, dict) for one in functions):
             raise Unreadable(f"{field}{old} is no function")
@@ -394,7 +394,7 @@ def read_extra(item: Record, field: str) -> str:
         if is_blank(value := listed(extra.get(name))):  # also "[]"
             extra.pop(name, None)
             continue
-        value = [_parsed(one) for one in value] if isinstance(value, list) else value
+        value = [_parsed(one, f"{field}{name}") for one in value] if isinstance(value, list) else value
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
             items = value if isinstance(value, list) else []
             odd = next((f" with {type_name(one)}" for one in items if not isinstance(one, dict)), "")
@@ -406,11 +406,11 @@ def read_extra(item: Record, field: str) -> str:
         raise Unreadable(f"{field}{', '.join(extra)} cannot be written as JSON: {error}") from None
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: Any, field: str) -> Any:
     """The value that a text holds as JSON; else the value."""
     if not isinstance(value, str):
         return value
-    refuse_repeated(value)
+    refuse_repeated(value, field)
     with suppress(ValueError, RecursionError):
         return json.loads(value)
     return value
@@ -418,7 +418,7 @@ def _parsed(value: Any) -> Any:
 
 def _read_call(call: dict[str, Any], field: str, name: Any = None) -> dict[str, Any]:
     """A tool call whose arguments are an object, as templates want them, where they came as JSON text."""
-    function = _parsed(call.get("function"))
+    function = _parsed(call.get("function"), field)
     if isinstance(function, dict):
         return {**call, "function": _read_call(function, field, call.get("name"))}
     if is_blank(call.get("name", name)):
@@ -428,7 +428,7 @@ def _read_call(call: dict[str, Any], field: str, name: Any = None) -> dict[str, 
         raise Unreadable(f"{field} has a call with {other[0]}: they are called arguments")
     if "arguments" not in call or (isinstance(arguments, str) and is_blank(arguments)):
         return {**call, "arguments": {}}  # templates refuse, or write, a call that has none
-    found = _parsed(_parsed(arguments))  # JSON that was written as JSON once more
+    found = _parsed(_parsed(arguments, field), field)  # JSON that was written as JSON once more
     return {**call, "arguments": found} if isinstance(found, dict) else call
 
 

@@ -125,6 +125,13 @@ def _csv(path: Path) -> Iterator[Found]:
             yield rows.line_num, f"broken CSV: {error}"
 
 
+_CSV_FAULTS = {
+    "expected after": "text follows the quotation mark that closes a cell; a mark within a cell is written twice",
+    "unexpected end": "the quotation mark that opens a cell is never closed",
+}
+"""What csv's words mean to those who wrote the file."""
+
+
 def _csv_rows(rows: Any) -> Iterator[tuple[int, list[str] | str]]:
     """The first line of every row of a csv.reader, with its cells or why it has none."""
     while True:
@@ -132,7 +139,8 @@ def _csv_rows(rows: Any) -> Iterator[tuple[int, list[str] | str]]:
         try:
             yield number, next(rows)
         except csv.Error as error:
-            yield number, f"broken CSV: {error}"
+            fault = next((said for words, said in _CSV_FAULTS.items() if words in str(error)), error)
+            yield number, f"broken CSV: {fault}"
         except StopIteration:
             return
 

@@ -445,6 +445,8 @@ def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
         return [_saved_dataset(path, place)], []
     beside = sorted(path.iterdir())
     files = [p for p in beside if p.is_file() and reader_of(p) and not p.name.startswith(".")]
+    if beside and all(p.name.startswith(".") for p in beside):
+        raise place.problem(f"holds hidden files alone, which are not read: {_listing({p.name for p in beside})}")
     if not files or _is_repository(path):
         return [_hub(str(path), place)], []
     # names may tell splits apart (train-00.jsonl, rows_test.jsonl); else all files are of any split

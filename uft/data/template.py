@@ -120,7 +120,7 @@ def rival_templates(folder: Path) -> str:
     file = folder / "chat_template.jinja"
     own = file.read_text(encoding="utf-8") if file.is_file() else None
     if own is not None and not own.strip():
-        return "chat_template.jinja is empty: its rows are joined without a template"
+        return "chat_template.jinja is empty: turns are joined without a template"
     for name in ("tokenizer_config.json", "chat_template.json"):
         beside: Any = None
         with suppress(OSError, ValueError, AttributeError):

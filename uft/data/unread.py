@@ -70,6 +70,7 @@ _GRADE_ENDS = re.compile("(?:score|rating|reward|vote)s?|feedback|grade|helpful|
 _OF_OTHERS = _set(
     "language lang lid langid fasttext similarity embedding retrieval rerank bm25 dedup overlap url domain source",
     "document question prompt instruction query input difficulty complexity perplexity category topic intent cluster",
+    "page domain image repo repository github",
 )
 """First words of a score or rating that is no grade of the completion: language_score, prompt_rating."""
 _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
@@ -77,9 +78,10 @@ _CHOICES = _set("preference preferences preferred winner better safer choice fli
 CHOICES = _CHOICES | _set("label labels")
 """Words of columns that say which of two completions is the better one; these two are by themselves."""
 _MARGINS = _set("margin gap delta difference diff")
-_CLEAR = _set("score scores rating ratings grade quality rank stars star passed failed correct reward")
-"""Words that make a grade of a column of nothing but grades wherever they stand in its name: rating_1_to_5."""
-_RECORDS = _set("id ids idx index model version type name date time at by hash key split count class")
+_CLEAR = _set("score scores rating ratings quality rank stars star passed failed reward")
+"""Words that make a grade of a column of nothing but grades wherever they stand in its name: rating_1_to_5. Others do
+so at its end alone: correct_answer is the right one, grade_level a pupil's."""
+_RECORDS = _set("id ids idx index model version type name date time at by hash key split count class threshold")
 """Words of bookkeeping, which make none: rating_id."""
 VERDICTS = _set(
     "good bad desirable undesirable chosen rejected accepted correct incorrect like dislike upvote downvote thumbs_up",
@@ -306,7 +308,8 @@ def unread_feedback(file: FileFormat, said: Said) -> Iterator[Problem]:
     weights += [n for n in told if ".content." in n and words[n] in MARKS and n not in weights]  # of a part of a turn
     may = [n for n in told if n not in full and words[n] not in MARKS and _MAY_WEIGH.fullmatch(words[n])]
     if names := weights or unlearned or may:
-        line = [f"read it:  {file.read('weight', names[0])}"] if weights and names[0] not in full else []
+        whole = not words[names[0]].startswith("train_on_")  # which turns or parts of the row: no weight of the reply
+        line = [f"read it:  {file.read('weight', names[0])}"] if weights and names[0] not in full and whole else []
         line = ["call it weight in the messages: 1 is learned, 0 is context; or"] if "." in names[0] else line
         yield file.problem(names, said.rows, "may say how much is learned of the reply", *line, leave)
     for ours, pattern in _PARTS.items():

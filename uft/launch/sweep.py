@@ -106,7 +106,7 @@ class Sweep:
         hydra = self.config.hydra
         examined = [examine(request_of_job(hydra, line)) for line in lines]
         problems, last = refusal(examined, lines, self.axes, self.typed)
-        if not problems:
+        if not problems and self.verb != "config":  # which is shown without the rows, as that of one run
             problems, last = row_problems(examined, refused=False)
         if not problems and self.verb in ("train", "check"):
             problems, last = self.unusable(examined, lines)

@@ -30,7 +30,7 @@ from uft.data.rows import FLAT, Kind, Row, Selection, View, content_digest
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import grouped, keep_pandas_out, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
-from uft.errors import Problem, UftError, raise_problems, run_all
+from uft.errors import Problem, UftError, raise_problems, run_all, typed
 from uft.evaluation.evaluate import HeldOut
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
@@ -272,7 +272,10 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loade
     raise_problems(problems, footer="\n".join([*footer, out]))
 
 
-PAIRED = ("good|bett|win|pos|right|prefer", "bad|wors|los|neg|wrong|disprefer")
+PAIRED = (
+    "good|better|win(?:ner|ning)?|pos(?:itive)?|right|prefer(?:red)?",
+    "bad|wors[et]|los(?:er?|ing)|neg(?:ative)?|wrong",
+)
 """How people call the columns of a better and of a worse reply."""
 
 
@@ -285,16 +288,18 @@ def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str
     if samples:
         return "they have no reply, and are not sampled", (f"{key}.rollout=true",)
     columns = [column for column in unread if "." not in column]
-    pair = [next(filter(re.compile(pattern, re.IGNORECASE).search, columns), None) for pattern in PAIRED]
-    if all(pair):
-        named = [f"a pair under other names:  {key}.columns.chosen={pair[0]} {key}.columns.rejected={pair[1]}"]
+    words = (re.compile(rf"(?<![a-z])(?:{pattern})s?(?![a-z])", re.IGNORECASE) for pattern in PAIRED)
+    better, worse = (next(filter(one.search, columns), "") for one in words)
+    if better and worse and better != worse:
+        pair = f"{typed(f'{key}.columns.chosen', better)} {typed(f'{key}.columns.rejected', worse)}"
+        named = [f"a pair under other names:  {pair}"]
     else:
-        named = [f"a reply under another name:  {key}.columns.completion={column}" for column in columns]
-    words = " ".join(as_typed(["data=files", *source_overrides(name, source)]))
+        named = [f"a reply under another name:  {typed(f'{key}.columns.completion', column)}" for column in columns]
+    rows = " ".join(as_typed(["data=files", *source_overrides(name, source)]))
     return "they have no reply to learn from", (
         *named[:3],
         "learn from the policy's own replies:  objective=grpo rollout.completions=8 reward=NAME",
-        f"have a model answer them first:  uft generate model=NAME {words}",
+        f"have a model answer them first:  uft generate model=NAME {rows}",
     )
 
 

@@ -33,14 +33,7 @@ from uft.training.card import stage_card, start_card
 from uft.training.dataset import StageData, has_made_rows, make_sampler, read_run_data
 from uft.training.making import annotate, drawn_sources, generate, job, job_console, say_on, select
 from uft.training.measuring import measure
-from uft.training.setup import (
-    Prepared,
-    Work,
-    check_start,
-    pause,
-    prepare_stage,
-    reference_settings,
-)
+from uft.training.setup import Prepared, Work, check_start, pause, prepare_stage, reference_settings
 from uft.training.trainer import oom_advice, tokens_per_pass
 
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
