@@ -173,7 +173,7 @@ def test_a_claim_holds_or_not_by_more_than_the_noise_of_seeds(claims):
         "uft_alone": (0.81, 0.83, 0.82), "sft_alone": (0.60, 0.61, 0.60),
         "ift_alone": (0.30, 0.32, 0.31), "sft_then_dpo": (0.58, 0.66, 0.60),
         "dynamic_ft": (0.20, 0.90, 0.50), "sft": (0.50, 0.50, 0.50),
-        "rpo_pairs": (0.50, 0.51, 0.52), "dpo": (0.20, 0.21, 0.21),
+        "rpo_pairs": (0.50, 0.51, 0.52), "dpo_weak": (0.20, 0.21, 0.21),
         "online_dpo": (0.70,), "dpo_150": (0.60,),
     })  # fmt: skip
     assert found["UFT on demonstrations alone beats SFT on them"][::3] == ("`uft_alone` 0.82", "**holds**")
@@ -181,7 +181,7 @@ def test_a_claim_holds_or_not_by_more_than_the_noise_of_seeds(claims):
     assert found["IFT on SFT's rows is as good as SFT, then DPO: new"][3] == "does not hold"
     assert found["Dynamic FT generalises better than SFT"][3] == "inside noise"
     fall = found["RPO stops the fall of the chosen likelihood"]
-    assert fall == ("`rpo_pairs` 0.49", "`dpo` 0.79", "+0.30 [+0.29, +0.32]", "**holds**")
+    assert fall == ("`rpo_pairs` 0.49", "`dpo_weak` 0.79", "+0.30 [+0.29, +0.32]", "**holds**")
     assert found["DPO on own samples beats DPO on the file's pairs"][2:] == ("+0.10", "one seed")
     assert found["PDS beats a random half"][3] == "not measured"
 
