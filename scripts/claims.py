@@ -64,7 +64,7 @@ CLAIMS = (
     Claim("... and forgets less", "2508.05629", "dynamic_ft", "sft", "skill"),
     Claim("Soft labels help DPO", "2409.06691", "gdpo_soft", "dpo_sft", "style"),
     Claim("DPOP stops the fall of the chosen likelihood", "2402.13228", "dpop_pairs", "dpo", "nll chosen"),
-    Claim("RPO stops the fall of the chosen likelihood", "2405.16436", "rpo_pairs", "dpo_weak", "nll chosen"),
+    Claim("RPO slows the fall of the chosen likelihood", "2405.16436", "rpo_pairs", "dpo_weak", "nll chosen"),
     Claim("Six rounds of SPIN beat one long round", "2401.01335", "spin", "spin_once", "new"),
     Claim("SPIN beats SFT in as many updates", "2401.01335", "spin", "sft_alone", "new"),
     Claim("DPO on own samples beats DPO on the file's pairs", "2404.14367", "online_dpo", "dpo_150", "style"),

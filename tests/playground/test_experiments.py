@@ -180,7 +180,7 @@ def test_a_claim_holds_or_not_by_more_than_the_noise_of_seeds(claims):
     assert found["IFT beats SFT on the same rows"][3] == "does not hold"
     assert found["IFT on SFT's rows is as good as SFT, then DPO: new"][3] == "does not hold"
     assert found["Dynamic FT generalises better than SFT"][3] == "inside noise"
-    fall = found["RPO stops the fall of the chosen likelihood"]
+    fall = found["RPO slows the fall of the chosen likelihood"]
     assert fall == ("`rpo_pairs` 0.49", "`dpo_weak` 0.79", "+0.30 [+0.29, +0.32]", "**holds**")
     assert found["DPO on own samples beats DPO on the file's pairs"][2:] == ("+0.10", "one seed")
     assert found["PDS beats a random half"][3] == "not measured"
