@@ -14,6 +14,7 @@ An arm is what the runs of a sweep are named without their seed. Claims without 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ def arms_of(folders: Sequence[Path]) -> Arms:
     found: dict[str, dict[int, Mapping[str, float]]] = {}
     for folder in folders:
         for name, seeds in measured(find_runs(folder)).items():
-            found.setdefault(name, {}).update(seeds)
+            if twice := seeds.keys() & found.setdefault(name, {}).keys():
+                sys.exit(f"{name} has seeds {sorted(twice)} in {folder} and in a folder before it: which is meant?")
+            found[name].update(seeds)
     return found
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
-
 from uft.runs import Run, find_runs
 from uft.tracking.metrics import read_metrics
 
@@ -35,10 +33,6 @@ def arm(run: Run) -> str:
     return re.sub(r"-?seed\d+(-\d+)*$", "", run.name) or run.path.resolve().parent.name
 
 
-def seed_of(run: Run) -> Any:
-    return yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("seed")
-
-
 def complete(metrics: Metrics) -> bool:
     return all(isinstance(metrics.get(name), (int, float)) for name in COLUMNS.values())
 
@@ -49,7 +43,9 @@ def measured(runs: Iterable[Run]) -> dict[str, dict[Any, Metrics]]:
     for run in runs:
         metrics = run.result().get("final", {})
         if run.status == "finished" and complete(metrics):
-            found[arm(run)][seed_of(run)] = metrics
+            if (seed := run.config().get("seed")) in (seeds := found[arm(run)]):
+                print(f"left out: {run.path} (another run of this arm has seed {seed})", file=sys.stderr)
+            seeds.setdefault(seed, metrics)
         else:
             print(f"left out: {run.path} ({run.status})", file=sys.stderr)
     return dict(sorted(found.items()))

@@ -20,7 +20,7 @@ MOST = {
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 4,
-    "test lines": 38_704,
+    "test lines": 38_723,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 0

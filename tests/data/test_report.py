@@ -7,9 +7,18 @@ import pytest
 from uft.config.schema import data_settings
 from uft.data.chat import Renderer
 from uft.data.mixture import Mixture
-from uft.data.report import HEADER, coloured, data_report, length_histogram, merged_lengths, report_table
+from uft.data.report import (
+    HEADER,
+    coloured,
+    data_cautions,
+    data_report,
+    length_histogram,
+    merged_lengths,
+    report_table,
+)
 from uft.data.rows import Kind, Message, Selected
 from uft.data.sources import load_sources
+from uft.data.table import claims
 from uft.data.tokens import tokenize_all
 
 
@@ -105,3 +114,20 @@ def test_a_long_run_is_counted_in_proportion(loaded, tokenizer, monkeypatch):
         assert about["sources"][name]["rows_drawn"] == source["rows_drawn"]
         counted = about["sources"][name]["supervised_tokens_drawn"]
         assert counted == pytest.approx(source["supervised_tokens_drawn"], rel=0.02)
+
+
+@pytest.mark.parametrize("many", [0, 6000], ids=["in memory", "on disk"])
+def test_rows_that_repeat_or_contradict_others_are_counted(tmp_path, many):
+    others = [{"prompt": str(n), "completion": "a", "label": n % 2 == 0} for n in range(many)]
+    path, pairs = tmp_path / "labels.jsonl", tmp_path / "pairs.jsonl"
+    single, pair = {"prompt": "7*6?", "completion": "42"}, {"prompt": "7*6?", "chosen": "42", "rejected": "13"}
+    labels = [*others, *(single | {"label": label} for label in (True, False, False))]
+    path.write_text("".join(json.dumps(one) + "\n" for one in labels))
+    swapped = pair | {"chosen": "13", "rejected": "42"}
+    pairs.write_text("".join(json.dumps(one) + "\n" for one in (pair, swapped, pair | {"chosen": "40"})))
+    sources = {"labels": {"path": str(path)}, "pairs": {"path": str(pairs)}}
+    loaded = load_sources(data_settings({"sources": sources, "holdout": 0}))
+    assert claims([source.rows for source in loaded]) == (1, 2)
+    said = "\n".join(data_cautions({"sources": {}, "repeated": 1, "contradicted": 2}))
+    assert "1 of the training rows repeat another one" in said
+    assert "rows contradict each other in 2 cases" in said

@@ -13,7 +13,6 @@ from uft.data.mixture import Mixture
 from uft.data.report import CONTRADICTED, data_cautions, data_omissions, data_report
 from uft.data.rows import Kind
 from uft.data.sources import load_sources
-from uft.data.table import claims
 from uft.data.tokens import tokenize_all
 from uft.errors import UftError, typed
 
@@ -602,19 +601,3 @@ def test_of_two_names_of_a_field_the_one_that_is_set_counts():
     empty = {"role": None, "content": None, "from": None, "value": None}
     union = [empty | {"from": "human", "value": "7*6?"}, empty | {"role": "assistant", "content": "42"}]
     assert turns(read({"messages": union})) == [("user", "7*6?")]
-
-
-@pytest.mark.parametrize("many", [0, 6000], ids=["in memory", "on disk"])
-def test_rows_that_repeat_or_contradict_others_are_counted(tmp_path, many):
-    others = [{"prompt": str(n), "completion": "a", "label": n % 2 == 0} for n in range(many)]
-    path, pairs = tmp_path / "labels.jsonl", tmp_path / "pairs.jsonl"
-    labels = [*others, *(PLAIN | {"label": label} for label in (True, False, False))]
-    path.write_text("".join(json.dumps(one) + "\n" for one in labels))
-    swapped = PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
-    pairs.write_text("".join(json.dumps(one) + "\n" for one in (PAIR, swapped, PAIR | {"chosen": "40"})))
-    sources = {"labels": {"path": str(path)}, "pairs": {"path": str(pairs)}}
-    loaded = load_sources(data_settings({"sources": sources, "holdout": 0}))
-    assert claims([source.rows for source in loaded]) == (1, 2)
-    said = "\n".join(data_cautions({"sources": {}, "repeated": 1, "contradicted": 2}))
-    assert "1 of the training rows repeat another one" in said
-    assert "rows contradict each other in 2 cases" in said

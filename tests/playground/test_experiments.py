@@ -186,6 +186,16 @@ def test_a_claim_holds_or_not_by_more_than_the_noise_of_seeds(claims):
     assert found["PDS beats a random half"][3] == "not measured"
 
 
+def test_a_seed_of_an_arm_counts_once(tmp_path, table):
+    for folder in ("a", "b"):
+        fake_run(tmp_path / folder / "sft-seed1", (0.5, 0.5, 0.5, 1.0, 1.0))
+    code, out, err = table(tmp_path)
+    assert cells(out.splitlines()[2])[-1] == "1"
+    assert "another run of this arm has seed 1" in err
+    code, out, err = table(tmp_path / "a", tmp_path / "b", script="claims")
+    assert str(code).startswith("sft has seeds [1] in")
+
+
 def test_as_good_as_means_within_five_points(claims):
     found = claims({"ift_alone": (0.59, 0.60, 0.61), "sft_then_dpo": (0.60, 0.60, 0.61)})
     assert found["IFT on SFT's rows is as good as SFT, then DPO: new"][3] == "**holds**"
